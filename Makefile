@@ -1,0 +1,54 @@
+# What people and CI call; the logic lives in the tools.
+BACKEND ?= nftables
+KERNEL ?= 6.1
+PY := .venv/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lab fmt lint type check test test-vm vm-shell demo golden bench wheel clean
+
+help: ## Show the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+setup: .cache/setup.stamp ## Make .venv, and install what Debian packages are missing
+
+.cache/setup.stamp: pyproject.toml lab/host-packages.txt lab/setup.sh
+	sh lab/setup.sh && touch $@
+
+lab: setup ## Fetch the kernels and servers of the tests into .cache
+	$(PY) -m lab.fetch all
+
+fmt: setup ## Format the code
+	.venv/bin/ruff check --fix --quiet . ; .venv/bin/ruff format .
+
+lint: setup
+	.venv/bin/ruff check . && .venv/bin/ruff format --check .
+
+type: setup
+	.venv/bin/mypy
+
+check: lint type ## Lint, types and pure tests, under a minute
+	$(PY) -m pytest -q -m "not kernel and not slow"
+
+test: lab ## Everything: pure tests, and the kernel tests on three kernels
+	$(PY) -m lab.suite
+
+test-vm: lab ## The kernel tests on one kernel: make test-vm KERNEL=6.12 ARGS="-k ftp"
+	$(PY) -m lab.suite --kernel $(KERNEL) $(ARGS)
+
+vm-shell: lab ## A shell in a virtual machine: make vm-shell KERNEL=6.12
+	$(PY) -m lab.vm shell --kernel $(KERNEL)
+
+demo: lab ## FTP through a stateful router, without and with a helper; BACKEND=nftables|iptables
+	$(PY) -m lab.demo --backend $(BACKEND)
+
+golden: setup ## Rewrite the expected texts of the tests; review the diff
+	ORCH_UPDATE_GOLDEN=1 $(PY) -m pytest -q -m "not kernel" tests/unit
+
+bench: lab ## Control path: orch against the manual recipe, in one virtual machine
+	$(PY) -m bench.control --kernel $(KERNEL)
+
+wheel: setup ## Build the wheel into dist
+	$(PY) -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean: ## Remove what was built and fetched
+	rm -rf .cache .venv dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis

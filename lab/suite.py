@@ -1,0 +1,107 @@
+"""All tests: the pure ones here, the kernel ones in virtual machines, two at a time; one summary at the end.
+
+python3 -m lab.suite runs everything; with --kernel only the kernel tests of one kernel, and arguments for pytest.
+"""
+
+import argparse
+import concurrent.futures
+import os
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass
+from pathlib import Path
+
+from lab.layout import CACHE, REPOSITORY, Kernel
+
+RESULTS = CACHE / "results"
+AT_ONCE = 2
+GUEST_TIMEOUT_S = 1200
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One pytest run: where, its exit code, and what its JUnit file counts."""
+
+    name: str
+    exit_code: int
+    seconds: float
+    tests: int = 0
+    failed: int = 0
+    skipped: int = 0
+
+    @property
+    def is_good(self) -> bool:
+        return self.exit_code == 0 and self.tests > self.skipped
+
+
+def pure() -> Result:
+    """The tests that need no kernel of ours, with the sysroot's tools in sight; what cannot run is a failure."""
+    return _run("host", [sys.executable, "-m", "lab.inside", "--"], ["-m", "not kernel"], is_live=True)
+
+
+def kernel(key: str, arguments: list[str], *, is_live: bool) -> Result:
+    """The kernel tests in a guest."""
+    boot = [sys.executable, "-m", "lab.vm", "run", "--kernel", key, "--timeout", str(GUEST_TIMEOUT_S), "--"]
+    return _run(key, boot, ["-m", "kernel", *arguments], is_live=is_live)
+
+
+def _run(name: str, prefix: list[str], arguments: list[str], *, is_live: bool) -> Result:
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    junit, log = RESULTS / f"{name}.xml", RESULTS / f"{name}.log"
+    junit.unlink(missing_ok=True)
+    command = [*prefix, ".venv/bin/python", "-m", "pytest", "-q", f"--junitxml={junit}", *arguments]
+    environment = {**os.environ, "ORCH_REQUIRE": "1"}
+    start = time.monotonic()
+    if is_live:
+        code = subprocess.run(command, cwd=REPOSITORY, env=environment, stdin=subprocess.DEVNULL).returncode
+    else:
+        with log.open("w") as output:
+            code = subprocess.run(
+                command, cwd=REPOSITORY, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+            ).returncode
+    return _count(Result(name, code, time.monotonic() - start), junit)
+
+
+def _count(result: Result, junit: Path) -> Result:
+    if not junit.exists():
+        return result
+    suites = ElementTree.parse(junit).getroot().iter("testsuite")
+    counts = [
+        (int(s.get("tests", 0)), int(s.get("failures", 0)) + int(s.get("errors", 0)), int(s.get("skipped", 0)))
+        for s in suites
+    ]
+    tests, failed, skipped = (sum(column) for column in zip(*counts, strict=True))
+    return Result(result.name, result.exit_code, result.seconds, tests, failed, skipped)
+
+
+def everything() -> list[Result]:
+    results = [pure()]
+    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
+        jobs = {pool.submit(kernel, key, [], is_live=False): key for key in Kernel}
+        for job in concurrent.futures.as_completed(jobs):
+            print(f"\n=== kernel {jobs[job]} ===", flush=True)
+            print((RESULTS / f"{jobs[job]}.log").read_text(errors="replace"), end="", flush=True)
+            results.append(job.result())
+    return results
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python3 -m lab.suite", description=__doc__)
+    parser.add_argument("--kernel", choices=[k.value for k in Kernel])
+    chosen, arguments = parser.parse_known_args()
+    results = [kernel(chosen.kernel, arguments, is_live=True)] if chosen.kernel else everything()
+    print()
+    for r in results:
+        passed = r.tests - r.failed - r.skipped
+        state = "ok" if r.is_good else f"FAILED (exit {r.exit_code})"
+        counts = f"{passed} passed, {r.failed} failed, {r.skipped} skipped in {r.seconds:.0f} s"
+        print(f"{r.name.ljust(10)} {counts}  {state}")
+    failed = sum(r.failed for r in results) + sum(not r.is_good and not r.failed for r in results)
+    print(f"{sum(r.tests - r.failed - r.skipped for r in results)} passed, {failed} failed")
+    return 0 if all(r.is_good for r in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
