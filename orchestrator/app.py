@@ -1,0 +1,435 @@
+"""The use cases behind the commands, and the only place that wires adapters to ports."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from orchestrator.errors import OrchError, RefusedError, RollbackError, VerifyError
+from orchestrator.execute import Execution, Outcome, undo_begun
+from orchestrator.journal import Ledger
+from orchestrator.launches import launches
+from orchestrator.model import Backend, Desired, Document, Listing, Netns, Registration, Status, Target
+from orchestrator.observe import CONCRETE_BACKENDS, Observer
+from orchestrator.plan import plan_apply, plan_teardown, relaunchable
+from orchestrator.ports import Launch, ProcessSeen, System
+from orchestrator.state import (
+    Applied,
+    DeleteRegistration,
+    HelperSummary,
+    Observed,
+    Owner,
+    Plan,
+    Refusal,
+)
+from orchestrator.status import HostStatus, ProfileStatus, lost_profile, profile_status
+
+DEFAULT_STATE_DIR = Path("/run/orch")
+RELATED_RULE = "ct state established,related accept"
+
+
+class PlanRefusedError(RefusedError):
+    """The plan must not run; every reason is in `refusals`."""
+
+    def __init__(self, refusals: tuple[Refusal, ...]) -> None:
+        self.refusals = refusals
+        first = refusals[0]
+        super().__init__(first.what, where=first.where, hint=first.hint)
+
+
+@dataclass(frozen=True, slots=True)
+class Talk:
+    """How a use case speaks while it works: steps as they end, warnings, and a question that is answered yes or no.
+
+    `interrupted` returns the number of a signal that asked to stop, or 0.
+    """
+
+    step: Callable[[Outcome], None]
+    warn: Callable[[str], None]
+    confirm: Callable[[Plan, str], bool]
+    interrupted: Callable[[], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """What diff shows: the plan, the texts of the rules before and after, and what somebody else changed in them."""
+
+    owner: Owner
+    source: str
+    plan: Plan
+    loaded_documents: str
+    wanted_documents: str
+    baseline_listing: str
+    live_listing: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """How an apply or a teardown ended. `leftovers` is what a teardown could not take away."""
+
+    plan: Plan
+    declined: bool = False
+    leftovers: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TeardownReport:
+    """One report per profile, and who else has something applied that was not asked for."""
+
+    reports: tuple[Report, ...]
+    others: tuple[Owner, ...]
+
+
+def kernel_system(state_dir: Path) -> System:
+    """The adapters of the running kernel."""
+    from orchestrator.kernel import netns
+    from orchestrator.kernel.clock import MonotonicClock
+    from orchestrator.kernel.cthelper import KernelRegistry
+    from orchestrator.kernel.cthelper_codec import encode_status
+    from orchestrator.kernel.host import KernelHost
+    from orchestrator.kernel.iptables import IptablesRules
+    from orchestrator.kernel.modules import KernelModules
+    from orchestrator.kernel.nft import NftRules
+    from orchestrator.supervise.launcher import LocalProcesses
+
+    host = KernelHost()
+    clock = MonotonicClock()
+    return System(
+        registry=KernelRegistry(),
+        rules={
+            Backend.NFTABLES: NftRules(),
+            Backend.IPTABLES_LEGACY: IptablesRules(Backend.IPTABLES_LEGACY),
+            Backend.IPTABLES_NFT: IptablesRules(Backend.IPTABLES_NFT),
+        },
+        host=host,
+        processes=LocalProcesses(
+            state_dir=state_dir,
+            clock=clock,
+            encode_disable=lambda key: encode_status(key, Status.DISABLED),
+            entered=netns.entered,
+            queues=host.queues,
+        ),
+        modules=KernelModules(),
+        clock=clock,
+    )
+
+
+def boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+@dataclass(frozen=True, slots=True)
+class App:
+    """The use cases. `state_dir` holds the ledger; `netns` overrides the namespace that a profile names."""
+
+    system: System
+    state_dir: Path
+    boot_id: str
+    talk: Talk
+    netns: str | None = None
+    wait_s: float = 10.0
+
+    # -- diff and apply -----------------------------------------------------------------------------------------------
+
+    def diff(self, desired: Desired, target: Target) -> Difference:
+        """What apply would do now; reads only."""
+        ledger = self._open(create=False)
+        owner = self._owner(desired)
+        target = self._concrete(target)
+        observed, plan = self._plan(ledger, owner, target)
+        listing = _own_listing(observed, target)
+        applied = observed.applied
+        shown = applied.target.rules if applied and listing and applied.target.rules.digest == listing.digest else None
+        drifted = listing is not None and observed.baseline is not None and listing.text != observed.baseline.text
+        return Difference(
+            owner=owner,
+            source=desired.source,
+            plan=plan,
+            loaded_documents=_text(shown.documents if shown else ()),
+            wanted_documents=_text(target.rules.documents),
+            baseline_listing=observed.baseline.text if drifted and observed.baseline else "",
+            live_listing=listing.text if drifted and listing else "",
+        )
+
+    def apply(self, desired: Desired, target: Target, *, ask: bool) -> Report:
+        """Make the target true, or leave everything as it was. Raises PlanRefusedError before the first effect."""
+        ledger = self._open(create=True)
+        target = self._concrete(target)
+        with ledger.locked(f"apply {desired.source}", wait_s=self.wait_s, clock=self.system.clock):
+            self._settle(ledger)
+            owner = self._owner(desired)
+            observed, plan = self._plan(ledger, owner, target)
+            if plan.refusals:
+                raise PlanRefusedError(plan.refusals)
+            if not plan.is_empty and (ask or plan.cut) and not self.talk.confirm(plan, _what_is_cut(plan)):
+                return Report(plan, declined=True)
+            if (ask or plan.cut) and self._plan(ledger, owner, target)[1] != plan:
+                raise OrchError("plan is stale: the system changed while the question waited", hint="run it again")
+            if plan.is_empty:
+                self._remember(ledger, None, desired, target, observed)
+                return Report(plan, notes=plan.kept)
+            plan = relaunchable(plan, lambda p: _launch_of(p, observed))
+            tx = ledger.begin("apply", owner)
+            execution = Execution(self.system, ledger, plan, tx, self.talk.step, self.talk.interrupted)
+            self._run(execution, ledger, tx)
+            self._verify(execution, ledger, tx, desired, target)
+            return Report(plan, notes=(*plan.kept, *self._filter_notes(owner.netns)))
+
+    def _plan(self, ledger: Ledger, owner: Owner, target: Target) -> tuple[Observed, Plan]:
+        observer = Observer(self.system, ledger)
+        wanted = launches(owner.profile, owner.netns, target.processes, target.documents)
+        observed = observer.observe(owner, target)
+        plan = plan_apply(target, wanted, observed, owner)
+        if any(isinstance(step, DeleteRegistration) for step in plan.steps):
+            # Counting connections reads the whole table: only where it matters.
+            observed = observer.observe(owner, target, count_connections=True)
+            plan = plan_apply(target, wanted, observed, owner)
+        return observed, plan
+
+    def _run(self, execution: Execution, ledger: Ledger, tx: int) -> None:
+        try:
+            execution.run()
+        except RollbackError:
+            raise  # the journal keeps what is half-done: the next command takes it up
+        except OrchError:
+            ledger.settle(tx)
+            raise
+        except OSError as error:
+            ledger.settle(tx)
+            raise OrchError(f"{error.strerror}: {error.filename}") from error
+
+    def _verify(self, execution: Execution, ledger: Ledger, tx: int, desired: Desired, target: Target) -> None:
+        """Only an empty plan is success; what differs now is undone."""
+        owner = self._owner(desired)
+        applied = self._applied(desired, target, self._listing(owner, target))
+        observed = Observer(self.system, ledger).observe(owner, target, applied=applied)
+        wanted = launches(owner.profile, owner.netns, target.processes, target.documents)
+        again = plan_apply(target, wanted, observed, owner)
+        attached = {a.key for a in target.attachments}
+        missing = sorted(attached - (applied.baseline.helpers if applied.baseline else frozenset()))
+        problems = [f"{c.subject}: {c.detail} {c.reason}".strip(": ") for c in again.changes]
+        problems += [f"rules do not attach {key}" for key in missing]
+        if problems:
+            leftovers = execution.undo()
+            error = VerifyError("the system is not as declared after all steps: " + "; ".join(problems))
+            if leftovers:
+                raise RollbackError(error, leftovers)
+            ledger.settle(tx)
+            raise error
+        ledger.settle_applied(tx, applied)
+
+    def _listing(self, owner: Owner, target: Target) -> Listing:
+        listing = self.system.rules[target.rules.backend].listing(owner.netns, owner.profile)
+        return listing or Listing(target.rules.backend, "", "", frozenset())
+
+    def _applied(self, desired: Desired, target: Target, baseline: Listing) -> Applied:
+        return Applied(
+            owner=self._owner(desired),
+            source=desired.source,
+            applied_at=time.time(),
+            target=target,
+            baseline=baseline,
+            tool=self.system.rules[target.rules.backend].version(),
+            helpers=tuple(HelperSummary(h.name, h.engine, h.keys) for h in desired.helpers),
+        )
+
+    def _remember(self, ledger: Ledger, tx: int | None, desired: Desired, target: Target, observed: Observed) -> None:
+        """Write down what is there already but the ledger does not know: it was lost, or another version wrote it."""
+        applied = observed.applied
+        same = applied is not None and applied.target == target and applied.source == desired.source
+        listing = _own_listing(observed, target)
+        if same and applied and listing and applied.baseline == listing:
+            return
+        ledger.settle_applied(tx, self._applied(desired, target, self._listing(self._owner(desired), target)))
+
+    def _filter_notes(self, netns: Netns) -> tuple[str, ...]:
+        missing = self.system.host.unrelated_filters(netns)
+        return tuple(f"{chain} drops, and has no rule that accepts what helpers expect" for chain in missing)
+
+    # -- teardown -----------------------------------------------------------------------------------------------------
+
+    def teardown(
+        self, wanted: str, *, every_netns: bool, desired: Desired | None = None, target: Target | None = None
+    ) -> TeardownReport:
+        """Take away what orch owns: one profile by name, all of this namespace (empty name), or of every namespace.
+
+        `desired` and `target` are what the profile's file says, for its namespace and for when the ledger is lost.
+        """
+        ledger = self._open(create=True)
+        with ledger.locked(f"teardown {wanted}".strip(), wait_s=self.wait_s, clock=self.system.clock):
+            self._settle(ledger)
+            everything = {(o.profile, o.netns.identity): o for o in (*ledger.owners(), *self._unrecorded(ledger))}
+            if desired is not None and not every_netns:
+                owner = self._owner(desired)
+                everything.setdefault((owner.profile, owner.netns.identity), owner)
+            here = None if every_netns else self._here(desired)
+            mine = [o for o in everything.values() if here in (None, o.netns.identity) and wanted in ("", o.profile)]
+            reports = tuple(self._teardown_one(ledger, owner, target) for owner in mine)
+            return TeardownReport(reports, tuple(o for o in everything.values() if o not in mine))
+
+    def _here(self, desired: Desired | None) -> str:
+        name = (desired.netns if desired else "") if self.netns is None else self.netns
+        return self.system.host.find_netns(name).identity
+
+    def _unrecorded(self, ledger: Ledger) -> tuple[Owner, ...]:
+        """Rules of ours in any reachable namespace that the ledger does not know."""
+        recorded = {(o.profile, o.netns.identity) for o in ledger.owners()}
+        found = {
+            (profile, netns.identity): Owner(profile, netns)
+            for netns in self.system.host.known_netns()
+            for backend in CONCRETE_BACKENDS
+            for profile in self.system.rules[backend].profiles(netns)
+        }
+        return tuple(owner for at, owner in found.items() if at not in recorded)
+
+    def _teardown_one(self, ledger: Ledger, owner: Owner, target: Target | None) -> Report:
+        observed = Observer(self.system, ledger).observe(owner, None, count_connections=True)
+        plan = plan_teardown(
+            observed, owner, _mine(observed, target if target and target.profile == owner.profile else None)
+        )
+        if plan.cut and not self.talk.confirm(plan, _what_is_cut(plan)):
+            return Report(plan, declined=True)
+        for sentence in self._drop_warnings(plan, owner):
+            self.talk.warn(sentence)
+        plan = relaunchable(plan, lambda p: _launch_of(p, observed))
+        tx = ledger.begin("teardown", owner)
+        execution = Execution(self.system, ledger, plan, tx, self.talk.step, self.talk.interrupted)
+        try:
+            leftovers = execution.run_all()
+        except RollbackError:
+            raise
+        except OrchError:
+            ledger.settle(tx)
+            raise
+        live = {r.key for r in self.system.registry.dump()}
+        ledger.settle_removed(tx, owner, kept=tuple(sorted(live & set(observed.recorded))))
+        if not leftovers:
+            self.system.processes.cleanup(owner.profile, owner.netns)
+        return Report(plan, leftovers=leftovers, notes=plan.kept)
+
+    def _drop_warnings(self, plan: Plan, owner: Owner) -> tuple[str, ...]:
+        """Before 7.3, unregistering a helper makes the kernel drop every packet that waits in any queue of the host."""
+        if not any(isinstance(step, DeleteRegistration) for step in plan.steps):
+            return ()
+        release = self.system.host.kernel_release()
+        if _version(release) >= (7, 3):
+            return ()
+        ours = {
+            q for step in plan.steps if isinstance(step, DeleteRegistration) for q in (step.registration.queue_num,)
+        }
+        foreign = [
+            f"queue {row.queue_num} of {self.system.host.process_name(row.port_id)} in netns {netns}"
+            for netns in self.system.host.known_netns()
+            for row in self.system.host.queues(netns)
+            if not (netns.identity == owner.netns.identity and row.queue_num in ours)
+        ]
+        if not foreign:
+            return ()
+        return (f"kernel {release} drops the packets that wait in other queues of the host now: {'; '.join(foreign)}",)
+
+    # -- status -------------------------------------------------------------------------------------------------------
+
+    def status(self, wanted: str = "") -> HostStatus:
+        """Every namespace (or one, if it was named), every profile (or one), and what is not as it was applied."""
+        ledger = self._open(create=False)
+        only = None if self.netns is None else self.system.host.find_netns(self.netns).identity
+
+        def is_wanted(owner: Owner) -> bool:
+            return wanted in ("", owner.profile) and only in (None, owner.netns.identity)
+
+        return HostStatus(
+            profiles=tuple(self._profile_status(ledger, a) for a in ledger.applied() if is_wanted(a.owner)),
+            unknown=tuple(owner for owner in self._unrecorded(ledger) if is_wanted(owner)),
+            unsettled=tuple(f"{u.command} of {u.owner} was killed" for u in ledger.unsettled()),
+        )
+
+    def _profile_status(self, ledger: Ledger, applied: Applied) -> ProfileStatus:
+        owner = applied.owner
+        try:
+            if self.system.host.find_netns(owner.netns.path).identity != owner.netns.identity:
+                raise OrchError("another namespace has its name now")
+            observed, plan = self._plan(ledger, owner, applied.target)
+        except OrchError as error:
+            return lost_profile(applied, str(error))
+        return profile_status(applied, observed, plan, self.system)
+
+    # -- shared -------------------------------------------------------------------------------------------------------
+
+    def _open(self, *, create: bool) -> Ledger:
+        return Ledger.open(self.state_dir, boot_id=self.boot_id, create=create)
+
+    def _owner(self, desired: Desired) -> Owner:
+        name = desired.netns if self.netns is None else self.netns
+        return Owner(desired.profile, self.system.host.find_netns(name))
+
+    def _concrete(self, target: Target) -> Target:
+        """Plain `iptables` is whatever the host's alternatives make of it: decided here, once."""
+        if target.rules.backend is not Backend.IPTABLES:
+            return target
+        return replace(target, rules=replace(target.rules, backend=self.system.host.iptables_variant()))
+
+    def _settle(self, ledger: Ledger) -> None:
+        """Undo what a killed command had begun."""
+        for unsettled in ledger.unsettled():
+            self.talk.warn(f"{unsettled.command} of {unsettled.owner} was killed half-way: undoing it")
+            leftovers = undo_begun(unsettled.begun, self.system, unsettled.owner.netns, self.talk.step)
+            ledger.settle(unsettled.id)
+            for sentence in leftovers:
+                self.talk.warn(sentence)
+
+
+def _mine(observed: Observed, target: Target | None) -> tuple[Registration, ...]:
+    """The live registrations that belong to a profile: by the ledger; else by its file and its own rules.
+
+    Without either, a stock registration of ours is known by carrying, disabled, the queue number of an attached one.
+    """
+    if observed.applied is not None:
+        return observed.applied.registrations
+    attached = {key for listing in observed.listings for key in listing.helpers}
+    ours = [r for r in observed.registrations if r.key in attached]
+    served = {(r.queue_num, r.key.l3proto, r.key.l4proto) for r in ours}
+    stock = [
+        r
+        for r in observed.registrations
+        if r.status is Status.DISABLED
+        and r.key not in attached
+        and (r.queue_num, r.key.l3proto, r.key.l4proto) in served
+    ]
+    wanted = {r.key: r for r in (*target.registrations, *target.stock)} if target else {}
+    exact = [
+        r
+        for r in observed.registrations
+        if r.key in wanted and replace(r, status=Status.DISABLED) == replace(wanted[r.key], status=Status.DISABLED)
+    ]
+    return tuple({r.key: r for r in (*ours, *stock, *exact)}.values())
+
+
+def _launch_of(process: ProcessSeen, observed: Observed) -> Launch | None:
+    """How a running process was started, from the ledger."""
+    if observed.applied is None:
+        return None
+    known = launches(
+        process.profile, observed.netns, observed.applied.target.processes, observed.applied.target.documents
+    )
+    return next((launch for launch in known if launch.digest == process.digest), None)
+
+
+def _own_listing(observed: Observed, target: Target) -> Listing | None:
+    return next((seen for seen in observed.listings if seen.backend is target.rules.backend), None)
+
+
+def _text(documents: tuple[Document, ...]) -> str:
+    return "\n".join(document.text for document in documents)
+
+
+def _what_is_cut(plan: Plan) -> str:
+    return f"{plan.cut} live connections lose their helper." if plan.cut else ""
+
+
+def _version(release: str) -> tuple[int, int]:
+    major, _, rest = release.partition(".")
+    minor = "".join(ch for ch in rest.split(".")[0].split("-")[0] if ch.isdigit())
+    return (int(major) if major.isdigit() else 0, int(minor or 0))

@@ -1,0 +1,504 @@
+"""The command line: arguments in, exit code out. Everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import enum
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from orchestrator import __version__
+from orchestrator.errors import Interrupted, OrchError, ProfileError, RollbackError, UsageError
+
+if TYPE_CHECKING:
+    from orchestrator.app import App
+    from orchestrator.execute import Outcome
+    from orchestrator.model import Desired, Target
+    from orchestrator.state import Plan
+    from orchestrator.views.human import Paint
+
+
+class ExitCode(enum.IntEnum):
+    OK = 0
+    FAILED = 1
+    DIFFERS = 2
+    MIXED = 3
+    DECLINED = 4
+    USAGE = 64
+
+
+class Colour(enum.StrEnum):
+    AUTO = "auto"
+    ALWAYS = "always"
+    NEVER = "never"
+
+
+_EXIT_CODES = """
+Exit codes: 0 done or nothing to do; 1 failed, the system is as before; 2 (diff, status) differs from the profile;
+3 failed and something is left in between; 4 not confirmed; 64 wrong usage; 130, 143, 129 interrupted and undone.
+"""
+
+cli = typer.Typer(
+    name="orch",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Apply connection tracking helpers from one profile: registrations, rules and processes.\n\n"
+    "orch diff profiles/ftp.yaml\n\norch apply profiles/ftp.yaml --netns blue",
+    epilog=_EXIT_CODES,
+)
+
+ProfileArgument = Annotated[str, typer.Argument(metavar="PROFILE", help="Profile file; - reads standard input.")]
+NetnsOption = Annotated[
+    str | None,
+    typer.Option("--netns", envvar="ORCH_NETNS", help="Namespace, by name or path; overrides the profile's."),
+]
+StateOption = Annotated[
+    Path, typer.Option("--state-dir", envvar="ORCH_STATE_DIR", help="Where the ledger and the runtime files are.")
+]
+TemplatesOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--templates", envvar="ORCH_TEMPLATES", help="Directory of templates that replace ours, file by file."
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", envvar="ORCH_JSON", help="JSON Lines on standard output.")]
+ColourOption = Annotated[Colour, typer.Option("--color", envvar="ORCH_COLOR", help="Colour the output.")]
+VerboseOption = Annotated[
+    int, typer.Option("--verbose", "-v", count=True, envvar="ORCH_VERBOSE", help="Say more; repeat for still more.")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", envvar="ORCH_QUIET", help="Errors only.")]
+WaitOption = Annotated[
+    float, typer.Option("--wait", envvar="ORCH_WAIT", min=0, help="Seconds to wait for another orch to finish.")
+]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", envvar="ORCH_YES", help="Answer every question with yes.")]
+FullOption = Annotated[bool, typer.Option("--full", envvar="ORCH_FULL", help="Show the text of the rules as a diff.")]
+
+_DEFAULT_STATE = Path("/run/orch")
+
+
+@dataclass(slots=True)
+class Session:
+    """How one command speaks: streams, colour, verbosity, JSON or text, and the signals that reached it."""
+
+    command: str
+    is_json: bool = False
+    colour: Colour = Colour.AUTO
+    verbose: int = 0
+    is_quiet: bool = False
+    is_yes: bool = False
+    signal_number: int = 0
+    _is_asking: bool = field(default=False, repr=False)
+
+    def __post_init__(self) -> None:
+        level = [logging.WARNING, logging.INFO, logging.DEBUG][min(self.verbose, 2)]
+        logging.basicConfig(
+            level=logging.ERROR if self.is_quiet else level, format="%(levelname)s %(name)s: %(message)s", force=True
+        )
+
+    def paint(self, stream: Any = None) -> Paint:
+        from orchestrator.views.human import Paint
+
+        return Paint(is_on=_is_coloured(self.colour, stream or sys.stderr))
+
+    def write(self, text: str) -> None:
+        sys.stdout.write(text)
+
+    def say(self, text: str) -> None:
+        if not self.is_quiet:
+            sys.stderr.write(text if text.endswith("\n") else text + "\n")
+
+    def warn(self, sentence: str) -> None:
+        self.say(f"{self.paint()('warning', 'warning')}: {sentence}")
+
+    def step(self, outcome: Outcome) -> None:
+        from orchestrator.views import human, machine
+
+        if self.is_json:
+            self.write(machine.step_line(outcome) + "\n")
+        else:
+            self.say(human.step_text(outcome, self.paint(), with_time=self.verbose > 0))
+
+    def confirm(self, plan: Plan, reason: str) -> bool:
+        """True if the question is answered with exactly `yes`, or was with --yes."""
+        from orchestrator.views.human import plan_text
+
+        if self.is_yes:
+            return True
+        if not sys.stdin.isatty():
+            raise UsageError(
+                f"needs a confirmation: {reason or 'asked for with --ask'}".strip(),
+                where="standard input is not a terminal",
+                hint="give -y/--yes if that is meant",
+            )
+        sys.stderr.write(plan_text(plan, plan.profile, self.paint()))
+        sys.stderr.write(f'{reason} Only "yes" is accepted: '.lstrip())
+        sys.stderr.flush()
+        self._is_asking = True
+        try:
+            return sys.stdin.readline().strip() == "yes"
+        finally:
+            self._is_asking = False
+
+    def result(self, exit_code: ExitCode, text: str, **content: Any) -> ExitCode:
+        """The last thing a command says: a JSON line, or text on standard output."""
+        from orchestrator.views import machine
+
+        if self.is_json:
+            self.write(machine.result_line(self.command, exit_code, **content) + "\n")
+        elif not self.is_quiet:
+            self.write(text)
+        return exit_code
+
+    @contextmanager
+    def catching_signals(self) -> Iterator[None]:
+        """INT, TERM and HUP are remembered, so that the running step can end and be undone; a question ends at once."""
+
+        def handle(number: int, _frame: object) -> None:
+            self.signal_number = self.signal_number or number
+            if self._is_asking:
+                raise Interrupted(number)
+
+        before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _is_coloured(colour: Colour, stream: Any) -> bool:
+    if colour is not Colour.AUTO:
+        return colour is Colour.ALWAYS
+    if os.environ.get("NO_COLOR"):
+        return False
+    if os.environ.get("FORCE_COLOR"):
+        return True
+    return bool(stream.isatty()) and os.environ.get("TERM") != "dumb"
+
+
+def _load(profile: str) -> Desired:
+    from orchestrator import profile as profiles
+
+    if profile == "-":
+        return profiles.load(sys.stdin.buffer.read(), "<stdin>")
+    return profiles.load_file(Path(profile))
+
+
+def _target(desired: Desired, templates: Path | None) -> Target:
+    from orchestrator import render
+
+    return render.target(desired, template_dir=templates)
+
+
+def _app(session: Session, *, netns: str | None, state_dir: Path, wait_s: float = 10.0) -> App:
+    from orchestrator import app
+
+    talk = app.Talk(session.step, session.warn, session.confirm, lambda: session.signal_number)
+    return app.App(app.kernel_system(state_dir), state_dir, app.boot_id(), talk, netns, wait_s)
+
+
+def _warn_all(session: Session, desired: Desired) -> None:
+    for sentence in desired.warnings:
+        session.warn(sentence)
+
+
+@cli.command(epilog="orch check profiles/ftp.yaml")
+def check(
+    profile: ProfileArgument,
+    templates: TemplatesOption = None,
+    is_json: JsonOption = False,
+    colour: ColourOption = Colour.AUTO,
+    verbose: VerboseOption = 0,
+    is_quiet: QuietOption = False,
+) -> ExitCode:
+    """Parse and validate a profile; needs no privilege and no kernel."""
+    session = _session("check", is_json, colour, verbose, is_quiet)
+    desired = _load(profile)
+    _target(desired, templates)
+    _warn_all(session, desired)
+    return session.result(ExitCode.OK, f"{profile}: ok\n", problems=[], warnings=list(desired.warnings))
+
+
+@cli.command(epilog="orch render profiles/ftp.yaml --document ruleset.nft")
+def render(
+    profile: ProfileArgument,
+    document: Annotated[
+        str | None, typer.Option("--document", envvar="ORCH_DOCUMENT", metavar="NAME", help="Print only this one.")
+    ] = None,
+    templates: TemplatesOption = None,
+    is_json: JsonOption = False,
+    colour: ColourOption = Colour.AUTO,
+    verbose: VerboseOption = 0,
+    is_quiet: QuietOption = False,
+) -> ExitCode:
+    """Print the documents that apply would use, byte for byte."""
+    session = _session("render", is_json, colour, verbose, is_quiet)
+    desired = _load(profile)
+    documents = _target(desired, templates).documents
+    names = ", ".join(d.name for d in documents)
+    chosen = [d for d in documents if document in (None, d.name)]
+    if not chosen:
+        raise UsageError(f"there is no document {document!r}", hint=f"this profile has {names}")
+    _warn_all(session, desired)
+    text = chosen[0].text if document else "".join(f"# ---- {d.name} ----\n{d.text}" for d in chosen)
+    session.is_quiet = False  # the text is what was asked for
+    return session.result(ExitCode.OK, text, documents={d.name: d.text for d in chosen})
+
+
+@cli.command(epilog="orch schema > profile.schema.json")
+def schema() -> ExitCode:
+    """Print the JSON Schema of profiles, for editors."""
+    import json
+
+    from orchestrator import profile as profiles
+
+    sys.stdout.write(json.dumps(profiles.schema(), indent=2) + "\n")
+    return ExitCode.OK
+
+
+@cli.command(epilog="orch diff profiles/ftp.yaml --netns blue")
+def diff(
+    profile: ProfileArgument,
+    netns: NetnsOption = None,
+    is_full: FullOption = False,
+    templates: TemplatesOption = None,
+    state_dir: StateOption = _DEFAULT_STATE,
+    is_json: JsonOption = False,
+    colour: ColourOption = Colour.AUTO,
+    verbose: VerboseOption = 0,
+    is_quiet: QuietOption = False,
+) -> ExitCode:
+    """Read the system and print what apply would do; changes nothing."""
+    session = _session("diff", is_json, colour, verbose, is_quiet)
+    return _diff(session, profile, netns=netns, is_full=is_full, templates=templates, state_dir=state_dir)
+
+
+def _diff(
+    session: Session, profile: str, *, netns: str | None, is_full: bool, templates: Path | None, state_dir: Path
+) -> ExitCode:
+    from orchestrator.app import PlanRefusedError
+    from orchestrator.views import human, machine
+
+    desired = _load(profile)
+    target = _target(desired, templates)
+    _warn_all(session, desired)
+    difference = _app(session, netns=netns, state_dir=state_dir).diff(desired, target)
+    text = human.difference_text(difference, session.paint(sys.stdout), is_full=is_full)
+    code = ExitCode.OK if difference.plan.is_empty else ExitCode.DIFFERS
+    if difference.plan.refusals:
+        code = ExitCode.FAILED
+        sys.stderr.write(human.error_text(PlanRefusedError(difference.plan.refusals), session.paint()))
+    return session.result(code, text, plan=machine.difference_value(difference))
+
+
+@cli.command(epilog="orch apply profiles/ftp.yaml --netns blue")
+def apply(
+    profile: ProfileArgument,
+    netns: NetnsOption = None,
+    is_dry_run: Annotated[
+        bool, typer.Option("--dry-run", envvar="ORCH_DRY_RUN", help="The same as diff, output and exit code.")
+    ] = False,
+    is_full: FullOption = False,
+    ask: Annotated[
+        bool, typer.Option("--ask", envvar="ORCH_ASK", help="Show the plan and ask before it runs.")
+    ] = False,
+    is_yes: YesOption = False,
+    wait_s: WaitOption = 10.0,
+    templates: TemplatesOption = None,
+    state_dir: StateOption = _DEFAULT_STATE,
+    is_json: JsonOption = False,
+    colour: ColourOption = Colour.AUTO,
+    verbose: VerboseOption = 0,
+    is_quiet: QuietOption = False,
+) -> ExitCode:
+    """Make the system as the profile says, or leave it as it was."""
+    session = _session("apply", is_json, colour, verbose, is_quiet)
+    if is_dry_run:
+        return _diff(session, profile, netns=netns, is_full=is_full, templates=templates, state_dir=state_dir)
+    from orchestrator.views import human, machine
+
+    session.is_yes = is_yes
+    desired = _load(profile)
+    target = _target(desired, templates)
+    _warn_all(session, desired)
+    with session.catching_signals():
+        report = _app(session, netns=netns, state_dir=state_dir, wait_s=wait_s).apply(desired, target, ask=ask)
+    for note in report.notes:
+        session.warn(note)
+    if report.declined:
+        return session.result(ExitCode.DECLINED, "Nothing was changed.\n", report=machine.report_value(report))
+    return session.result(ExitCode.OK, human.applied_text(report, desired.source), report=machine.report_value(report))
+
+
+@cli.command(epilog="orch teardown ftp --netns blue; orch teardown --all")
+def teardown(
+    profile: Annotated[
+        str, typer.Argument(metavar="[PROFILE]", help="A profile's file or its name; default: all.")
+    ] = "",
+    netns: NetnsOption = None,
+    is_all: Annotated[bool, typer.Option("--all", envvar="ORCH_ALL", help="In every namespace.")] = False,
+    is_yes: YesOption = False,
+    wait_s: WaitOption = 10.0,
+    templates: TemplatesOption = None,
+    state_dir: StateOption = _DEFAULT_STATE,
+    is_json: JsonOption = False,
+    colour: ColourOption = Colour.AUTO,
+    verbose: VerboseOption = 0,
+    is_quiet: QuietOption = False,
+) -> ExitCode:
+    """Remove what orch applied in the namespace, and only that."""
+    from orchestrator.views import human, machine
+
+    session = _session("teardown", is_json, colour, verbose, is_quiet)
+    session.is_yes = is_yes
+    name, desired, target = _what_to_remove(profile, templates)
+    with session.catching_signals():
+        app = _app(session, netns=netns, state_dir=state_dir, wait_s=wait_s)
+        report = app.teardown(name, every_netns=is_all, desired=desired, target=target)
+    leftovers = [sentence for one in report.reports for sentence in one.leftovers]
+    for sentence in leftovers:
+        session.warn(f"left: {sentence}")
+    code = ExitCode.MIXED if leftovers else ExitCode.OK
+    if any(one.declined for one in report.reports):
+        code = ExitCode.DECLINED
+    return session.result(code, human.teardown_text(report, every_netns=is_all), report=machine.teardown_value(report))
+
+
+def _what_to_remove(profile: str, templates: Path | None) -> tuple[str, Desired | None, Target | None]:
+    """A name, or what a file says; a file that is broken by now cannot say it, its profile's name still can."""
+    from orchestrator.model import is_profile_name
+
+    if profile == "" or (is_profile_name(profile) and not Path(profile).is_file()):
+        return profile, None, None
+    try:
+        desired = _load(profile)
+        return desired.profile, desired, _target(desired, templates)
+    except ProfileError as error:
+        raise OrchError(
+            f"cannot read the profile: {error.what}",
+            where=error.where,
+            hint="tear it down by its name: orch status lists the names",
+        ) from error
+
+
+@cli.command(epilog="orch status; orch status ftp --json")
+def status(
+    profile: Annotated[str, typer.Argument(metavar="[PROFILE]", help="Name of a profile; default: all.")] = "",
+    netns: NetnsOption = None,
+    state_dir: StateOption = _DEFAULT_STATE,
+    is_json: JsonOption = False,
+    colour: ColourOption = Colour.AUTO,
+    verbose: VerboseOption = 0,
+    is_quiet: QuietOption = False,
+) -> ExitCode:
+    """Show every applied profile: helpers, processes, queues, expectations, and what is not as it was applied."""
+    from orchestrator.views import human, machine
+
+    session = _session("status", is_json, colour, verbose, is_quiet)
+    seen = _app(session, netns=netns, state_dir=state_dir).status(profile)
+    is_right = not (seen.unknown or seen.unsettled or any(p.drift for p in seen.profiles))
+    code = ExitCode.OK if is_right else ExitCode.DIFFERS
+    return session.result(code, human.status_text(seen, session.paint(sys.stdout)), status=machine.status_value(seen))
+
+
+@cli.command(epilog="orch helpers --json")
+def helpers(
+    is_json: JsonOption = False,
+    colour: ColourOption = Colour.AUTO,
+    verbose: VerboseOption = 0,
+    is_quiet: QuietOption = False,
+) -> ExitCode:
+    """List the helpers that orch knows, and which of their engines this host can run."""
+    from orchestrator.kernel.host import KernelHost
+    from orchestrator.views import helpers as view
+
+    session = _session("helpers", is_json, colour, verbose, is_quiet)
+    rows = view.rows(KernelHost())
+    return session.result(ExitCode.OK, view.text(rows), helpers=view.value(rows))
+
+
+def _session(command: str, is_json: bool, colour: Colour, verbose: int, is_quiet: bool) -> Session:
+    return Session(command, is_json=is_json, colour=colour, verbose=verbose, is_quiet=is_quiet)
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        sys.stdout.write(f"orch {__version__}\n")
+        raise typer.Exit
+
+
+@cli.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    del version
+
+
+def run(argv: list[str]) -> int:
+    """Run one command; returns its exit code and never raises what a person could meet."""
+    usage_error: type[Exception] = typer.BadParameter.__bases__[0]
+    try:
+        result = cli(args=argv, prog_name="orch", standalone_mode=False)
+    except usage_error as error:
+        return _usage(error)
+    except UsageError as error:
+        return _fail(argv, error, ExitCode.USAGE)
+    except Interrupted as error:
+        return _fail(argv, error, 128 + error.signal_number)
+    except RollbackError as error:
+        return _fail(argv, error, ExitCode.MIXED)
+    except OrchError as error:
+        return _fail(argv, error, ExitCode.FAILED)
+    except (KeyboardInterrupt, typer.Abort):
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return ExitCode.OK
+    return int(result or 0)
+
+
+def _usage(error: Exception) -> int:
+    context = getattr(error, "ctx", None)
+    if context is not None:
+        sys.stderr.write(context.get_usage() + "\n")
+    message = getattr(error, "format_message", lambda: str(error))()
+    if message:
+        sys.stderr.write(f"error: {message}\n")
+    return ExitCode.USAGE
+
+
+def _fail(argv: list[str], error: OrchError, code: int) -> int:
+    from orchestrator.views import human, machine
+
+    sys.stderr.write(human.error_text(error, human.Paint(is_on=_is_coloured(_asked_colour(argv), sys.stderr))))
+    if "--json" in argv or os.environ.get("ORCH_JSON", "").lower() in ("1", "true", "yes"):
+        command = next((word for word in argv if not word.startswith("-")), "")
+        sys.stdout.write(machine.result_line(command, code, error=machine.error_value(error)) + "\n")
+    return int(code)
+
+
+def _asked_colour(argv: list[str]) -> Colour:
+    asked = next((word.partition("=")[2] for word in argv if word.startswith("--color=")), "")
+    return Colour(asked) if asked in set(Colour) else Colour.AUTO
+
+
+def main() -> None:
+    code = run(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(code)

@@ -1,0 +1,228 @@
+"""A plan -> its effects, in order, each recorded before it is taken, and undone in reverse when one fails."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from orchestrator.errors import Interrupted, KernelError, OrchError, RollbackError
+from orchestrator.journal import Ledger
+from orchestrator.model import Netns, Registration, Rules, Status
+from orchestrator.ports import ProcessSeen, System
+from orchestrator.state import (
+    CreateRegistration,
+    DeleteRegistration,
+    DrainQueues,
+    FlushRules,
+    LoadModule,
+    LoadRules,
+    Plan,
+    RemoveRules,
+    StartProcess,
+    Step,
+    StopProcess,
+    UpdateRegistration,
+    WatchProcess,
+    describe,
+    inverse,
+)
+
+_POLL_S = 0.02
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How one step ended; `error` is empty when it went well. `is_undo` steps lead back after a failure."""
+
+    step: Step
+    seconds: float
+    error: str = ""
+    is_undo: bool = False
+
+
+@dataclass(slots=True)
+class Execution:
+    """One run of a plan. `report` is told of every step as it ends; `interrupted` returns a signal number or 0."""
+
+    system: System
+    ledger: Ledger
+    plan: Plan
+    tx: int
+    report: Callable[[Outcome], None]
+    interrupted: Callable[[], int] = lambda: 0
+    _done: list[tuple[int, Step]] = field(default_factory=list)
+
+    def run(self) -> None:
+        """Take every step; on the first failure or signal undo what was done and raise that first cause.
+
+        Raises RollbackError, with what is left, if the way back fails as well.
+        """
+        for sequence, step in enumerate(self.plan.steps):
+            if number := self.interrupted():
+                self._fail(Interrupted(number))
+            self.ledger.intend(self.tx, sequence, step)
+            try:
+                self._timed(step)
+            except (OrchError, OSError) as error:
+                if isinstance(step, StopProcess):
+                    self._done.append((sequence, step))
+                self._fail(error)
+            self.ledger.done(self.tx, sequence)
+            self._done.append((sequence, step))
+
+    def run_all(self) -> tuple[str, ...]:
+        """Take every step although some fail, as teardown does; returns one sentence for each that failed."""
+        failures: list[str] = []
+        for sequence, step in enumerate(self.plan.steps):
+            if number := self.interrupted():
+                self._fail(Interrupted(number))
+            self.ledger.intend(self.tx, sequence, step)
+            try:
+                self._timed(step)
+            except (OrchError, OSError) as error:
+                failures.append(f"{describe(step)}: {error}")
+                continue
+            self.ledger.done(self.tx, sequence)
+            self._done.append((sequence, step))
+        return tuple(failures)
+
+    def undo(self) -> tuple[str, ...]:
+        """Lead back from everything done so far, newest first; returns a sentence for each step that could not be."""
+        leftovers: list[str] = []
+        while self._done:
+            sequence, step = self._done.pop()
+            back = inverse(step, self.plan.netns)
+            if back is None:
+                continue
+            try:
+                self._timed(back, is_undo=True)
+            except (OrchError, OSError) as error:
+                leftovers.append(f"{describe(back)}: {error}")
+            else:
+                self.ledger.undone(self.tx, sequence)
+        return tuple(leftovers)
+
+    def _fail(self, cause: Exception) -> None:
+        leftovers = self.undo()
+        if leftovers:
+            raise RollbackError(cause, leftovers) from cause
+        raise cause
+
+    def _timed(self, step: Step, *, is_undo: bool = False) -> None:
+        clock = self.system.clock
+        start = clock.monotonic()
+        try:
+            perform(step, self.system, self.plan.netns, is_undo=is_undo)
+        except (OrchError, OSError) as error:
+            self.report(Outcome(step, clock.monotonic() - start, str(error), is_undo))
+            raise
+        self.report(Outcome(step, clock.monotonic() - start, "", is_undo))
+
+
+def undo_begun(
+    begun: tuple[tuple[Step, bool], ...], system: System, netns: Netns, report: Callable[[Outcome], None]
+) -> tuple[str, ...]:
+    """Lead back from what a killed command had begun, newest first; returns a sentence for each failure."""
+    leftovers: list[str] = []
+    for step, _ in reversed(begun):
+        back = inverse(step, netns)
+        if back is None:
+            continue
+        start = system.clock.monotonic()
+        try:
+            perform(back, system, netns, is_undo=True)
+        except (OrchError, OSError) as error:
+            leftovers.append(f"{describe(back)}: {error}")
+            report(Outcome(back, system.clock.monotonic() - start, str(error), is_undo=True))
+        else:
+            report(Outcome(back, system.clock.monotonic() - start, "", is_undo=True))
+    return tuple(leftovers)
+
+
+def perform(step: Step, system: System, netns: Netns, *, is_undo: bool = False) -> None:
+    """Take one step. On the way back it may find its work done already, or never begun; both are fine then."""
+    match step:
+        case LoadModule(name):
+            system.modules.load(name)
+        case CreateRegistration(registration):
+            _create(system, registration, is_undo=is_undo)
+        case UpdateRegistration(_, after):
+            _update(system, after, is_undo=is_undo)
+        case DeleteRegistration(registration):
+            _delete(system, registration, is_undo=is_undo)
+        case StartProcess(launch):
+            if not (is_undo and _running(system, netns, launch.spec.name)):
+                system.processes.start(launch)
+        case StopProcess(process, _):
+            for seen in _running(system, netns, process.name, profile=process.profile):
+                system.processes.stop(seen)
+        case WatchProcess(launch, process):
+            system.processes.watch(launch, process)
+        case DrainQueues(queues, within_s):
+            _drain(system, netns, queues, within_s)
+        case LoadRules(_, after):
+            _load(system, netns, after)
+        case FlushRules(before):
+            system.rules[before.backend].flush(netns, before.profile)
+        case RemoveRules(before):
+            system.rules[before.backend].remove(netns, before.profile)
+
+
+def _load(system: System, netns: Netns, rules: Rules) -> None:
+    if not rules.documents:
+        raise OrchError(
+            f"the earlier rules of profile {rules.profile} are not known any more and cannot be loaded again",
+            hint="apply its profile again",
+        )
+    system.rules[rules.backend].load(netns, rules)
+
+
+def _create(system: System, registration: Registration, *, is_undo: bool) -> None:
+    if is_undo and any(r.key == registration.key for r in system.registry.dump()):
+        return
+    system.registry.create(registration)
+
+
+def _update(system: System, registration: Registration, *, is_undo: bool) -> None:
+    if is_undo and all(r.key != registration.key for r in system.registry.dump()):
+        return
+    system.registry.update(registration)
+
+
+def _delete(system: System, registration: Registration, *, is_undo: bool) -> None:
+    """Unregister, and look again: a delete that is refused for one entry answers 0 for another (or none at all)."""
+    live = {r.key: r for r in system.registry.dump()}
+    seen = live.get(registration.key)
+    if seen is None:
+        return
+    if is_undo and replace(seen, status=Status.DISABLED) != replace(registration, status=Status.DISABLED):
+        return
+    system.registry.delete(registration.key)
+    if any(r.key == registration.key for r in system.registry.dump()):
+        raise KernelError("unregister helper", str(registration.key), errno.EBUSY)
+
+
+def _running(system: System, netns: Netns, name: str, *, profile: str = "") -> list[ProcessSeen]:
+    return [
+        p
+        for p in system.processes.running()
+        if p.netns == netns.identity and p.name == name and profile in ("", p.profile)
+    ]
+
+
+def _drain(system: System, netns: Netns, queues: tuple[int, ...], within_s: float) -> None:
+    """Wait for the last verdicts. A hanging process gives none: its packets are lost with it, and that is said."""
+    clock = system.clock
+    deadline = clock.monotonic() + within_s
+    while waiting := [q.queue_num for q in system.host.queues(netns) if q.queue_num in queues and q.waiting]:
+        if clock.monotonic() >= deadline:
+            _log.warning(
+                "packets still wait in queue %s after %g s: its process does not answer; they are dropped with it",
+                ", ".join(map(str, waiting)),
+                within_s,
+            )
+            return
+        clock.sleep(_POLL_S)

@@ -1,0 +1,353 @@
+"""FakeKernel: the ports in memory, with the real errnos, one registry for all namespaces, and a dump people can read.
+
+The contract suite runs the same cases here and on real kernels; what differs between kernels is a constructor argument.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+from orchestrator.errors import HelperProcessError, KernelError, PreflightError
+from orchestrator.model import (
+    Backend,
+    HelperKey,
+    L3Proto,
+    L4Proto,
+    Listing,
+    Netns,
+    QueueRow,
+    Registration,
+    Rules,
+    Status,
+)
+from orchestrator.ports import Launch, ProcessSeen, System
+
+HOST = Netns("host", "", "0:1")
+
+_OBJECT = re.compile(r'type "([^"]+)" protocol (tcp|udp);?\s*l3proto (ip6?)')
+_TARGET = re.compile(r"-p (tcp|udp)\b.*--helper (\S+)")
+
+
+@dataclass(slots=True)
+class FakeNetns:
+    """One namespace: its rules by (backend, profile), bound queues by number, and what the tests put in."""
+
+    netns: Netns
+    rules: dict[tuple[Backend, str], Rules] = field(default_factory=dict)
+    flushed: set[tuple[Backend, str]] = field(default_factory=set)
+    tampered: dict[tuple[Backend, str], str] = field(default_factory=dict)
+    queues: dict[int, QueueRow] = field(default_factory=dict)
+    foreign_references: set[str] = field(default_factory=set)
+    expectations: dict[str, int] = field(default_factory=dict)
+    connections: dict[str, int] = field(default_factory=dict)
+    dropping_filters: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class FakeKernel:
+    """A host. `delete_ignores_references` is how 7.3 deletes; before it a referenced helper answers EBUSY.
+
+    `fail_at(n, errno)` makes the n-th modifying call (from 0) fail; `calls` is the log of them.
+    `programs` are those installed; `deaf_programs` start but never bind a queue; `dying_programs` end at once.
+    """
+
+    delete_ignores_references: bool = False
+    release: str = "6.1.0-fake"
+    has_cthelper: bool = True
+    registrations: dict[HelperKey, Registration] = field(default_factory=dict)
+    namespaces: dict[str, FakeNetns] = field(default_factory=dict)
+    modules_loaded: set[str] = field(default_factory=set)
+    modules_available: dict[str, tuple[tuple[str, L4Proto], ...]] = field(default_factory=dict)
+    programs: set[str] = field(default_factory=lambda: {"conntrackd"})
+    deaf_programs: set[str] = field(default_factory=set)
+    dying_programs: set[str] = field(default_factory=set)
+    running_processes: dict[int, tuple[ProcessSeen, Launch]] = field(default_factory=dict)
+    calls: list[str] = field(default_factory=list)
+    now: float = 0.0
+    _fail: dict[int, int] = field(default_factory=dict)
+    _next_pid: int = 100
+
+    def __post_init__(self) -> None:
+        self.namespaces.setdefault("", FakeNetns(HOST))
+
+    # -- for tests ----------------------------------------------------------------------------------------------------
+
+    def fail_at(self, call: int, number: int) -> None:
+        self._fail = {len(self.calls) + call: number}
+
+    def add_netns(self, name: str) -> Netns:
+        netns = Netns(name, f"/run/netns/{name}", f"0:{len(self.namespaces) + 1}")
+        self.namespaces[name] = FakeNetns(netns)
+        return netns
+
+    def at(self, netns: Netns) -> FakeNetns:
+        return next(n for n in self.namespaces.values() if n.netns.identity == netns.identity)
+
+    def kill(self, pid: int, *, watched: bool = True) -> None:
+        """The process dies: its queues go, and its watcher, if there is one, disables its registrations."""
+        seen, launch = self.running_processes.pop(pid)
+        for queue in launch.spec.queues:
+            self.at(launch.netns).queues.pop(queue, None)
+        if watched and seen.watched:
+            for key in launch.spec.keys:
+                if key in self.registrations:
+                    self.registrations[key] = replace(self.registrations[key], status=Status.DISABLED)
+
+    def dump_text(self) -> str:
+        """Everything there is, one line each, sorted: equal dumps mean equal hosts."""
+        lines = [f"module {name}" for name in self.modules_loaded]
+        lines += [f"registration {r}" for r in self.registrations.values()]
+        for name, space in self.namespaces.items():
+            for (backend, profile), rules in space.rules.items():
+                state = " flushed" if (backend, profile) in space.flushed else ""
+                state += " tampered" if (backend, profile) in space.tampered else ""
+                lines.append(f"netns {name!r}: {backend} {profile} digest {rules.digest}{state}")
+            lines += [f"netns {name!r}: queue {number}" for number in space.queues]
+        lines += [f"process {p.name} of {p.profile} in {p.netns}" for p, _ in self.running_processes.values()]
+        return "\n".join(sorted(lines))
+
+    def system(self) -> System:
+        backends: dict[Backend, FakeRules] = {backend: FakeRules(self, backend) for backend in Backend}
+        return System(
+            FakeRegistry(self), backends, FakeHost(self), FakeProcesses(self), FakeModules(self), FakeClock(self)
+        )
+
+    # -- shared by the adapters ---------------------------------------------------------------------------------------
+
+    def modify(self, operation: str, key: str) -> None:
+        """Count a modifying call, and fail it if a test wants that."""
+        number = self._fail.pop(len(self.calls), 0)
+        self.calls.append(f"{operation} {key}")
+        if number:
+            raise KernelError(operation, key, number)
+
+    def is_taken_by_kernel(self, key: HelperKey) -> bool:
+        return any(
+            (key.name, key.l4proto) in helpers
+            for module, helpers in self.modules_available.items()
+            if module in self.modules_loaded
+        )
+
+    def is_referenced(self, key: HelperKey) -> bool:
+        return any(
+            key in references(rules) for space in self.namespaces.values() for rules in space.rules.values()
+        ) or any(key.name in space.foreign_references for space in self.namespaces.values())
+
+
+def references(rules: Rules) -> frozenset[HelperKey]:
+    """The helpers that rule documents name, read from their text as the kernel would."""
+    found: set[HelperKey] = set()
+    for document in rules.documents:
+        if rules.backend.is_nftables:
+            found |= {HelperKey(n, L3Proto(l3), L4Proto(l4)) for n, l4, l3 in _OBJECT.findall(document.text)}
+        else:
+            l3proto = L3Proto.IP6 if "ip6" in document.name else L3Proto.IP
+            found |= {HelperKey(n, l3proto, L4Proto(l4)) for l4, n in _TARGET.findall(document.text)}
+    return frozenset(found)
+
+
+@dataclass(frozen=True, slots=True)
+class FakeRegistry:
+    kernel: FakeKernel
+
+    def is_present(self) -> bool:
+        return self.kernel.has_cthelper
+
+    def dump(self) -> tuple[Registration, ...]:
+        return tuple(self.kernel.registrations[key] for key in sorted(self.kernel.registrations))
+
+    def create(self, registration: Registration) -> None:
+        key = registration.key
+        self.kernel.modify("register helper", str(key))
+        if not self.kernel.has_cthelper:
+            raise KernelError("register helper", str(key), errno.EINVAL)
+        if key in self.kernel.registrations:
+            raise KernelError("register helper", str(key), errno.EEXIST)
+        if self.kernel.is_taken_by_kernel(key):
+            raise KernelError("register helper", str(key), errno.EBUSY)
+        self.kernel.registrations[key] = registration
+
+    def update(self, registration: Registration) -> None:
+        key = registration.key
+        self.kernel.modify("update helper", str(key))
+        seen = self.kernel.registrations.get(key)
+        if seen is None:
+            raise KernelError("update helper", str(key), errno.ENOENT)
+        if not seen.can_become(registration):
+            raise KernelError("update helper", str(key), errno.EBUSY)
+        self.kernel.registrations[key] = registration
+
+    def delete(self, key: HelperKey) -> None:
+        self.kernel.modify("unregister helper", str(key))
+        if key not in self.kernel.registrations:
+            raise KernelError("unregister helper", str(key), errno.ENOENT)
+        if self.kernel.is_referenced(key) and not self.kernel.delete_ignores_references:
+            raise KernelError("unregister helper", str(key), errno.EBUSY)
+        del self.kernel.registrations[key]
+
+
+@dataclass(frozen=True, slots=True)
+class FakeRules:
+    kernel: FakeKernel
+    backend: Backend
+
+    def load(self, netns: Netns, rules: Rules) -> None:
+        self.kernel.modify("load rules", rules.profile)
+        for key in references(rules):
+            if key not in self.kernel.registrations and not self.kernel.is_taken_by_kernel(key):
+                raise KernelError("load rules", rules.profile, errno.ENOENT)
+        space, at = self.kernel.at(netns), (self.backend, rules.profile)
+        space.rules[at] = rules
+        space.flushed.discard(at)
+        space.tampered.pop(at, None)
+
+    def listing(self, netns: Netns, profile: str) -> Listing | None:
+        space, at = self.kernel.at(netns), (self.backend, profile)
+        if at not in space.rules:
+            return None
+        listing = self.expected(space.rules[at])
+        text = "" if at in space.flushed else space.tampered.get(at, listing.text)
+        return replace(listing, text=text)
+
+    def profiles(self, netns: Netns) -> tuple[str, ...]:
+        return tuple(sorted(p for backend, p in self.kernel.at(netns).rules if backend is self.backend))
+
+    def flush(self, netns: Netns, profile: str) -> None:
+        self.kernel.modify("flush rules", profile)
+        self.kernel.at(netns).flushed.add((self.backend, profile))
+
+    def remove(self, netns: Netns, profile: str) -> None:
+        self.kernel.modify("remove rules", profile)
+        space, at = self.kernel.at(netns), (self.backend, profile)
+        space.rules.pop(at, None)
+        space.flushed.discard(at)
+        space.tampered.pop(at, None)
+
+    def expected(self, rules: Rules) -> Listing:
+        text = "\n".join(document.text for document in rules.documents)
+        return Listing(self.backend, rules.digest, text, references(rules))
+
+    def version(self) -> str:
+        return "fake 1"
+
+    def foreign_references(self, netns: Netns) -> frozenset[str]:
+        return frozenset(self.kernel.at(netns).foreign_references) if self.backend.is_nftables else frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class FakeHost:
+    kernel: FakeKernel
+
+    def kernel_release(self) -> str:
+        return self.kernel.release
+
+    def loaded_modules(self, names: tuple[str, ...]) -> frozenset[str]:
+        return frozenset(names) & self.kernel.modules_loaded
+
+    def available_modules(self, names: tuple[str, ...]) -> frozenset[str]:
+        return frozenset(names) & (self.kernel.modules_loaded | set(self.kernel.modules_available))
+
+    def find_netns(self, name: str) -> Netns:
+        known = {n.netns.path: n.netns for n in self.kernel.namespaces.values()}
+        known |= {label: n.netns for label, n in self.kernel.namespaces.items()}
+        if name not in known:
+            raise PreflightError(f"there is no network namespace {name!r}", hint="ip netns list")
+        return known[name]
+
+    def known_netns(self) -> tuple[Netns, ...]:
+        return tuple(space.netns for space in self.kernel.namespaces.values())
+
+    def queues(self, netns: Netns) -> tuple[QueueRow, ...]:
+        queues = self.kernel.at(netns).queues
+        return tuple(queues[number] for number in sorted(queues))
+
+    def expectations(self, netns: Netns) -> Mapping[str, int]:
+        return dict(self.kernel.at(netns).expectations)
+
+    def connections(self, netns: Netns) -> Mapping[str, int]:
+        return dict(self.kernel.at(netns).connections)
+
+    def iptables_variant(self) -> Backend:
+        return Backend.IPTABLES_NFT
+
+    def program(self, name: str) -> str | None:
+        return f"/usr/sbin/{name}" if name in self.kernel.programs else None
+
+    def process_name(self, port_id: int) -> str:
+        return f"port id {port_id}"
+
+    def unrelated_filters(self, netns: Netns) -> tuple[str, ...]:
+        return self.kernel.at(netns).dropping_filters
+
+
+@dataclass(frozen=True, slots=True)
+class FakeProcesses:
+    """Processes that behave as conntrackd does: at start it enables the stock registrations it was told to serve."""
+
+    kernel: FakeKernel
+
+    def running(self) -> tuple[ProcessSeen, ...]:
+        return tuple(seen for seen, _ in self.kernel.running_processes.values())
+
+    def start(self, launch: Launch) -> int:
+        kernel, program = self.kernel, launch.spec.argv[0]
+        kernel.modify("start", launch.spec.name)
+        space = kernel.at(launch.netns)
+        if program in kernel.dying_programs:
+            raise HelperProcessError(f"{launch.spec.name} ended at once")
+        if program in kernel.deaf_programs or set(launch.spec.queues) & set(space.queues):
+            raise HelperProcessError(f"{launch.spec.name} runs, but does not listen on its queues")
+        for key in launch.spec.keys:
+            if not key.name.endswith("-us") and key in kernel.registrations:
+                kernel.registrations[key] = replace(kernel.registrations[key], status=Status.ENABLED)
+        pid, kernel._next_pid = kernel._next_pid, kernel._next_pid + 1
+        for queue in launch.spec.queues:
+            space.queues[queue] = QueueRow(queue, pid, 0, 0, 0, 0)
+        seen = ProcessSeen(
+            launch.profile, launch.netns.identity, launch.spec.name, pid, launch.digest, 0.0, watched=True
+        )
+        kernel.running_processes[pid] = (seen, launch)
+        return pid
+
+    def stop(self, process: ProcessSeen) -> None:
+        self.kernel.modify("stop", process.name)
+        self.kernel.kill(process.pid, watched=False)
+
+    def watch(self, launch: Launch, process: ProcessSeen) -> None:
+        self.kernel.modify("watch", process.name)
+        self.kernel.running_processes[process.pid] = (replace(process, watched=True), launch)
+
+    def last_words(self, profile: str, netns: Netns, name: str) -> str:
+        return ""
+
+    def cleanup(self, profile: str, netns: Netns) -> None:
+        return
+
+
+@dataclass(frozen=True, slots=True)
+class FakeModules:
+    kernel: FakeKernel
+
+    def load(self, name: str) -> None:
+        self.kernel.modify("load module", name)
+        if name not in self.kernel.modules_available:
+            raise PreflightError(f"kernel module {name} does not exist on this host")
+        self.kernel.modules_loaded.add(name)
+
+
+@dataclass(frozen=True, slots=True)
+class FakeClock:
+    """A clock that moves when somebody sleeps, and only then."""
+
+    kernel: FakeKernel
+    on_sleep: Callable[[], None] = lambda: None
+
+    def monotonic(self) -> float:
+        return self.kernel.now
+
+    def sleep(self, seconds: float) -> None:
+        self.kernel.now += seconds
+        self.on_sleep()

@@ -1,0 +1,262 @@
+"""The ledger: what the kernel cannot hold, in one SQLite database per host, and the lock around it.
+
+It lives under /run, as the kernel state does: both are gone after a reboot. It is never the truth about the system;
+it says whose a registration is, what was loaded, how that listed, and which transaction was under way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import sqlite3
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import OrchError, RefusedError
+from orchestrator.model import HelperKey, Registration
+from orchestrator.ports import Clock
+from orchestrator.serial import from_plain, to_plain
+from orchestrator.state import Applied, Owner, Step
+
+_SCHEMA = 1
+_TABLES = """
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS applied (
+    profile TEXT NOT NULL, netns TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (profile, netns));
+CREATE TABLE IF NOT EXISTS registration (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS use (
+    key TEXT NOT NULL, profile TEXT NOT NULL, netns TEXT NOT NULL, PRIMARY KEY (key, profile, netns));
+CREATE TABLE IF NOT EXISTS transaction_ (
+    id INTEGER PRIMARY KEY, command TEXT NOT NULL, owner TEXT NOT NULL, pid INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS step (
+    tx INTEGER NOT NULL REFERENCES transaction_(id) ON DELETE CASCADE, seq INTEGER NOT NULL, state TEXT NOT NULL,
+    value TEXT NOT NULL, PRIMARY KEY (tx, seq));
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Unsettled:
+    """A transaction that a killed command left: its steps that were begun, in order, with True for finished ones."""
+
+    id: int
+    command: str
+    owner: Owner
+    begun: tuple[tuple[Step, bool], ...]
+
+
+class Ledger:
+    """Open with `Ledger.open`; readers need no lock, writers hold it (`locked`)."""
+
+    def __init__(self, directory: Path, connection: sqlite3.Connection) -> None:
+        self.directory = directory
+        self._db = connection
+
+    @classmethod
+    def open(cls, directory: Path, *, boot_id: str, create: bool) -> Ledger:
+        """Open the ledger of a state directory; without `create` a missing one is an empty one in memory.
+
+        A ledger of another boot is emptied: nothing it speaks of exists any more.
+        """
+        file = directory / "ledger.sqlite"
+        if create:
+            try:
+                directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+                db = sqlite3.connect(file, isolation_level=None)
+            except (OSError, sqlite3.OperationalError) as error:
+                raise OrchError(
+                    f"cannot use the state directory {directory}: {error}", hint="run as root, or set --state-dir"
+                ) from error
+        elif file.exists():
+            db = sqlite3.connect(f"file:{file}?mode=ro", uri=True, isolation_level=None)
+            return cls(directory, db) if _boot_of(db) == boot_id else cls(directory, _in_memory())
+        else:
+            return cls(directory, _in_memory())
+        # It must outlive this process, not the machine: the kernel state it speaks of dies with the machine too.
+        db.execute("PRAGMA synchronous=OFF")
+        db.execute("PRAGMA foreign_keys=ON")
+        db.executescript(_TABLES)
+        if _boot_of(db) != boot_id:
+            with _write(db):
+                for table in ("applied", "registration", "use", "transaction_", "step"):
+                    db.execute(f"DELETE FROM {table}")
+                db.execute("INSERT OR REPLACE INTO meta VALUES ('boot_id', ?), ('schema', ?)", (boot_id, str(_SCHEMA)))
+        return cls(directory, db)
+
+    def close(self) -> None:
+        self._db.close()
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def applied(self) -> tuple[Applied, ...]:
+        rows = self._db.execute("SELECT value FROM applied ORDER BY netns, profile").fetchall()
+        return tuple(from_plain(Applied, json.loads(value)) for (value,) in rows)
+
+    def owners(self) -> tuple[Owner, ...]:
+        """Who has something applied; cheaper than `applied` as nothing large is decoded."""
+        rows = self._db.execute("SELECT json_extract(value, '$.owner') FROM applied ORDER BY netns, profile").fetchall()
+        return tuple(from_plain(Owner, json.loads(value)) for (value,) in rows)
+
+    def neighbours(self, owner: Owner) -> tuple[Applied, ...]:
+        """Other profiles that are applied in the same namespace."""
+        rows = self._db.execute(
+            "SELECT value FROM applied WHERE netns = ? AND profile != ? ORDER BY profile",
+            (owner.netns.identity, owner.profile),
+        ).fetchall()
+        return tuple(from_plain(Applied, json.loads(value)) for (value,) in rows)
+
+    def find(self, owner: Owner) -> Applied | None:
+        row = self._db.execute(
+            "SELECT value FROM applied WHERE profile = ? AND netns = ?", (owner.profile, owner.netns.identity)
+        ).fetchone()
+        return from_plain(Applied, json.loads(row[0])) if row else None
+
+    def recorded(self) -> Mapping[HelperKey, Registration]:
+        """Registrations that are ours, as they were applied last."""
+        rows = self._db.execute("SELECT value FROM registration ORDER BY key").fetchall()
+        registrations = [from_plain(Registration, json.loads(value)) for (value,) in rows]
+        return {r.key: r for r in registrations}
+
+    def users(self) -> Mapping[HelperKey, tuple[Owner, ...]]:
+        owners = {(o.profile, o.netns.identity): o for o in self.owners()}
+        result: dict[HelperKey, tuple[Owner, ...]] = {}
+        for key, profile, netns in self._db.execute("SELECT key, profile, netns FROM use ORDER BY key, profile, netns"):
+            owner = owners.get((profile, netns))
+            if owner is not None:
+                parsed = HelperKey.parse(key)
+                result[parsed] = (*result.get(parsed, ()), owner)
+        return result
+
+    def unsettled(self) -> tuple[Unsettled, ...]:
+        result = []
+        for tx, command, owner in self._db.execute(
+            "SELECT id, command, owner FROM transaction_ ORDER BY id"
+        ).fetchall():
+            rows = self._db.execute("SELECT state, value FROM step WHERE tx = ? ORDER BY seq", (tx,)).fetchall()
+            begun = tuple((from_plain(Step, json.loads(value)), state == "done") for state, value in rows)
+            result.append(Unsettled(tx, command, from_plain(Owner, json.loads(owner)), begun))
+        return tuple(result)
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    def begin(self, command: str, owner: Owner) -> int:
+        with _write(self._db):
+            cursor = self._db.execute(
+                "INSERT INTO transaction_ (command, owner, pid) VALUES (?, ?, ?)",
+                (command, json.dumps(to_plain(owner)), os.getpid()),
+            )
+        return int(cursor.lastrowid or 0)
+
+    def intend(self, tx: int, sequence: int, step: Step) -> None:
+        """Record that a step is about to be taken; durable before this returns."""
+        with _write(self._db):
+            self._db.execute("INSERT INTO step VALUES (?, ?, 'intent', ?)", (tx, sequence, json.dumps(to_plain(step))))
+
+    def done(self, tx: int, sequence: int) -> None:
+        with _write(self._db):
+            self._db.execute("UPDATE step SET state = 'done' WHERE tx = ? AND seq = ?", (tx, sequence))
+
+    def undone(self, tx: int, sequence: int) -> None:
+        with _write(self._db):
+            self._db.execute("DELETE FROM step WHERE tx = ? AND seq = ?", (tx, sequence))
+
+    def settle(self, tx: int) -> None:
+        """The transaction is finished or undone; nothing of it is remembered."""
+        with _write(self._db):
+            self._db.execute("DELETE FROM transaction_ WHERE id = ?", (tx,))
+
+    def settle_applied(self, tx: int | None, applied: Applied) -> None:
+        """In one write: the transaction is over, and this is what the profile has and uses from now on."""
+        owner = applied.owner
+        mine = {r.key: r for r in applied.registrations}
+        with _write(self._db):
+            if tx is not None:
+                self._db.execute("DELETE FROM transaction_ WHERE id = ?", (tx,))
+            self._db.execute(
+                "INSERT OR REPLACE INTO applied VALUES (?, ?, ?)",
+                (owner.profile, owner.netns.identity, json.dumps(to_plain(applied))),
+            )
+            self._db.execute("DELETE FROM use WHERE profile = ? AND netns = ?", (owner.profile, owner.netns.identity))
+            self._db.executemany(
+                "INSERT INTO use VALUES (?, ?, ?)",
+                [(str(key), owner.profile, owner.netns.identity) for key in sorted(mine)],
+            )
+            self._db.executemany(
+                "INSERT OR REPLACE INTO registration VALUES (?, ?)",
+                [(str(key), json.dumps(to_plain(r))) for key, r in mine.items()],
+            )
+            self._forget_unused()
+
+    def settle_removed(self, tx: int | None, owner: Owner, *, kept: tuple[HelperKey, ...] = ()) -> None:
+        """In one write: the transaction is over, and the profile has nothing any more, but `kept` is still ours."""
+        with _write(self._db):
+            if tx is not None:
+                self._db.execute("DELETE FROM transaction_ WHERE id = ?", (tx,))
+            at = (owner.profile, owner.netns.identity)
+            self._db.execute("DELETE FROM applied WHERE profile = ? AND netns = ?", at)
+            self._db.execute("DELETE FROM use WHERE profile = ? AND netns = ?", at)
+            self._forget_unused(kept)
+
+    def _forget_unused(self, kept: tuple[HelperKey, ...] = ()) -> None:
+        marks = ", ".join("?" for _ in kept)
+        self._db.execute(
+            f"DELETE FROM registration WHERE key NOT IN (SELECT key FROM use) AND key NOT IN ({marks})",
+            [str(key) for key in kept],
+        )
+
+    # -- the lock -----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def locked(self, command: str, *, wait_s: float, clock: Clock) -> Iterator[None]:
+        """Hold the one lock of the host; waits up to `wait_s`, then RefusedError says who holds it.
+
+        The kernel drops it when its holder dies, so a lock of a dead process is none.
+        """
+        file = self.directory / "lock"
+        with file.open("a+") as handle:
+            deadline = clock.monotonic() + wait_s
+            while not _try_lock(handle.fileno()):
+                if clock.monotonic() >= deadline:
+                    holder = file.read_text().strip() or "another orch"
+                    raise RefusedError(f"busy: {holder} holds the lock of this host", hint="try again, or use --wait")
+                clock.sleep(0.05)
+            handle.truncate(0)
+            handle.write(f"orch {command} (pid {os.getpid()})")
+            handle.flush()
+            try:
+                yield
+            finally:
+                handle.truncate(0)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _in_memory() -> sqlite3.Connection:
+    db = sqlite3.connect(":memory:", isolation_level=None)
+    db.executescript(_TABLES)
+    return db
+
+
+def _boot_of(db: sqlite3.Connection) -> str:
+    row: tuple[Any, ...] | None = db.execute("SELECT value FROM meta WHERE key = 'boot_id'").fetchone()
+    return str(row[0]) if row else ""
+
+
+@contextlib.contextmanager
+def _write(db: sqlite3.Connection) -> Iterator[None]:
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        db.execute("ROLLBACK")
+        raise
+    db.execute("COMMIT")

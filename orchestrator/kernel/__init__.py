@@ -1,0 +1,1 @@
+"""Adapters to the kernel: registry, rules, namespaces, modules, and what can be read about them."""

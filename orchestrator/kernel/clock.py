@@ -1,0 +1,13 @@
+"""The clock of the running system."""
+
+from __future__ import annotations
+
+import time
+
+
+class MonotonicClock:
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)

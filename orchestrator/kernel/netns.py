@@ -1,0 +1,154 @@
+"""Network namespaces: found by name or path, entered and left again."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pyroute2.netns import setns
+
+from orchestrator.errors import PreflightError
+from orchestrator.model import Netns
+
+_NAMED = (Path("/run/netns"), Path("/var/run/netns"))
+_OWN = "/proc/thread-self/ns/net"  # not /proc/self: a thread may be somewhere else than the process
+_INIT = "/proc/1/ns/net"
+_CLONE_NEWNET = 0x40000000
+
+
+def find(name: str) -> Netns:
+    """Resolve a name of `ip netns`, a path, or "" for the caller's own; raises PreflightError if there is none."""
+    if not name:
+        return own()
+    path = Path(os.path.abspath(name)) if "/" in name else _named_path(name)  # noqa: PTH100 (keeps symbolic links)
+    identity = _identity_of(path)
+    if not identity:
+        raise _missing(name, path)
+    if identity == _own_identity():
+        return own()
+    return Netns(label=_label(identity, default=name), path=str(path), identity=identity)
+
+
+def own() -> Netns:
+    """The namespace that orch runs in: labelled with its name, else `host` if it is that of process 1, else `self`."""
+    identity = _own_identity()
+    return Netns(label=_label(identity, default="self"), path="", identity=identity)
+
+
+def known() -> tuple[Netns, ...]:
+    """The caller's namespace and all named ones, each once; files that are no namespace (any more) are left out."""
+    here = own()
+    named = [Netns(path.name, str(path), identity) for identity, path in _named().items() if identity != here.identity]
+    return (here, *sorted(named, key=lambda netns: netns.label))
+
+
+@contextmanager
+def entered(netns: Netns) -> Iterator[None]:
+    """Run a block with this thread inside a namespace, and come back whatever happens; sockets stay where they opened.
+
+    Raises PreflightError if the namespace is gone, was replaced since it was found, or may not be entered.
+    """
+    if netns.identity == _own_identity():
+        yield
+        return
+    there = _open(netns)
+    try:
+        with _returning():
+            _enter(there, netns)
+            yield
+    finally:
+        os.close(there)
+
+
+@contextmanager
+def scratch() -> Iterator[None]:
+    """Run a block in a namespace made for it, which nobody else sees and which ends with it (and its sockets)."""
+    libc = ctypes.CDLL(None, use_errno=True)  # pyroute2 makes named namespaces only; os.unshare came with Python 3.12
+    with _returning():
+        if libc.unshare(_CLONE_NEWNET) != 0:
+            number = ctypes.get_errno()
+            raise PreflightError(
+                "cannot make a network namespace", hint="run as root", cause=f"{errno.errorcode[number]}, unshare"
+            )
+        yield
+
+
+@contextmanager
+def _returning() -> Iterator[None]:
+    """Bring this thread back to the namespace in which the block began."""
+    home = os.open(_OWN, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield
+    finally:
+        # By descriptor: given a path, pyroute2 makes a namespace where there is none.
+        setns(home)
+        os.close(home)
+
+
+def _open(netns: Netns) -> int:
+    try:
+        descriptor = os.open(netns.path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise _missing(netns.label, Path(netns.path)) from error
+    if _identity(os.fstat(descriptor)) != netns.identity:
+        os.close(descriptor)
+        raise PreflightError(f"network namespace {netns} was replaced by another of that name", where=netns.path)
+    return descriptor
+
+
+def _enter(descriptor: int, netns: Netns) -> None:
+    try:
+        setns(descriptor)
+    except OSError as error:
+        number = error.errno or 0
+        hint = "it is a namespace of another kind" if number == errno.EINVAL else "run as root"
+        cause = f"{errno.errorcode.get(number, number)}, setns"
+        raise PreflightError(f"cannot enter network namespace {netns}", hint=hint, cause=cause) from error
+
+
+def _missing(name: str, path: Path) -> PreflightError:
+    if path.exists():
+        return PreflightError(f"{path} is not a network namespace", hint="a stale file goes with: ip netns delete")
+    return PreflightError(f"there is no network namespace {name}", where=str(path), hint="ip netns list shows them")
+
+
+def _label(identity: str, *, default: str) -> str:
+    path = _named().get(identity)
+    if path is not None:
+        return path.name
+    return "host" if identity == _identity_of(Path(_INIT)) else default
+
+
+def _named() -> dict[str, Path]:
+    """The named namespaces by identity; of several names for one, that which sorts first."""
+    paths = [path for directory in _NAMED if directory.is_dir() for path in sorted(directory.iterdir())]
+    return {identity: path for path in reversed(paths) if (identity := _identity_of(path))}
+
+
+def _named_path(name: str) -> Path:
+    paths = [directory / name for directory in _NAMED]
+    return next((path for path in paths if path.exists()), paths[0])
+
+
+def _own_identity() -> str:
+    return _identity(Path(_OWN).stat())
+
+
+def _identity_of(path: Path) -> str:
+    """Identity of the namespace a file stands for; empty if there is no such file or it is not a namespace.
+
+    All namespaces of all kinds are inodes of one file system, and nothing else is. Source: fs/nsfs.c.
+    """
+    try:
+        status = path.stat()
+    except OSError:
+        return ""
+    return _identity(status) if status.st_dev == Path(_OWN).stat().st_dev else ""
+
+
+def _identity(status: os.stat_result) -> str:
+    return f"{status.st_dev}:{status.st_ino}"

@@ -1,0 +1,180 @@
+"""Look at the system for one profile in one namespace; nothing is changed and no kernel module is loaded by it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from orchestrator import catalogue
+from orchestrator.errors import OrchError
+from orchestrator.journal import Ledger
+from orchestrator.model import Backend, Engine, HelperKey, L4Proto, Listing, Netns, QueueRow, Registration, Target
+from orchestrator.ports import System
+from orchestrator.state import Applied, Observed, Owner, rules_name
+
+T = TypeVar("T")
+
+CONCRETE_BACKENDS = (Backend.NFTABLES, Backend.IPTABLES_LEGACY, Backend.IPTABLES_NFT)
+
+
+@dataclass(frozen=True, slots=True)
+class Observer:
+    system: System
+    ledger: Ledger
+
+    def observe(
+        self, owner: Owner, target: Target | None, *, applied: Applied | None = None, count_connections: bool = False
+    ) -> Observed:
+        """Everything that a plan for `owner` needs to know. `applied` stands in for what the ledger remembers."""
+        netns = owner.netns
+        applied = applied or self.ledger.find(owner)
+        registrations = self.system.registry.dump()
+        is_there = self._is_there(netns)
+        all_listings = self._listings(owner) if is_there else ()
+        listings = tuple(listing for listing in all_listings if listing.digest)
+        queues = self.system.host.queues(netns) if is_there else ()
+        users = self._users(owner)
+        modules = tuple(sorted(module_helpers()) if target is None else {*module_helpers(), *target.modules})
+        loaded = self.system.host.loaded_modules(modules)
+        return Observed(
+            netns=netns,
+            registrations=registrations,
+            recorded=self.ledger.recorded(),
+            users=users,
+            deaf={key: deaf for key, owners in users.items() if (deaf := self._deaf(key, owners, registrations))},
+            listings=listings,
+            foreign_table=next((rules_name(x, owner.profile) for x in all_listings if not x.digest), ""),
+            applied=applied,
+            baseline=self._baseline(listings, applied, target, registrations, loaded),
+            neighbours=tuple((a.owner, a.target.attachments) for a in self.ledger.neighbours(owner)),
+            processes=tuple(
+                p for p in self.system.processes.running() if p.profile == owner.profile and p.netns == netns.identity
+            ),
+            queues=queues,
+            queue_holders=self._queue_holders(owner, queues),
+            modules=loaded,
+            loadable=self.system.host.available_modules(target.modules) if target else frozenset(),
+            kernel_helpers=_taken(loaded),
+            foreign_references=self._foreign_references(),
+            missing_programs=frozenset(
+                spec.argv[0]
+                for spec in (target.processes if target else ())
+                if self.system.host.program(spec.argv[0]) is None
+            ),
+            connections=self.system.host.connections(netns) if count_connections and is_there else {},
+        )
+
+    def _listings(self, owner: Owner) -> tuple[Listing, ...]:
+        found = (self.system.rules[b].listing(owner.netns, owner.profile) for b in CONCRETE_BACKENDS)
+        return tuple(listing for listing in found if listing is not None)
+
+    def _users(self, owner: Owner) -> Mapping[HelperKey, tuple[Owner, ...]]:
+        """Other owners of each key: those the ledger knows, and those whose rules are there although it does not."""
+        recorded = {(o.profile, o.netns.identity) for o in self.ledger.owners()}
+        users = {key: list(owners) for key, owners in self.ledger.users().items()}
+        for netns in self._namespaces():
+            for backend in CONCRETE_BACKENDS:
+                for profile in _or_nothing(self.system.rules[backend].profiles, netns):
+                    if (profile, netns.identity) in recorded:
+                        continue
+                    listing = self.system.rules[backend].listing(netns, profile)
+                    for key in listing.helpers if listing else ():
+                        users.setdefault(key, []).append(Owner(profile, netns))
+        me = (owner.profile, owner.netns.identity)
+        others = {key: tuple(o for o in owners if (o.profile, o.netns.identity) != me) for key, owners in users.items()}
+        return {key: owners for key, owners in others.items() if owners}
+
+    def _namespaces(self) -> Iterable[Netns]:
+        """Every namespace that can be reached by a name, once each."""
+        known = {n.identity: n for n in (*self.system.host.known_netns(), *(o.netns for o in self.ledger.owners()))}
+        return known.values()
+
+    def _deaf(
+        self, key: HelperKey, owners: tuple[Owner, ...], registrations: tuple[Registration, ...]
+    ) -> tuple[Owner, ...]:
+        """Those owners in whose namespace nobody listens on the queue of a registration."""
+        queue = next((r.queue_num for r in registrations if r.key == key), None)
+        if queue is None:
+            return ()
+        return tuple(
+            owner
+            for owner in owners
+            if self._is_there(owner.netns)
+            and all(row.queue_num != queue for row in _or_nothing(self.system.host.queues, owner.netns))
+        )
+
+    def _is_there(self, netns: Netns) -> bool:
+        try:
+            return self.system.host.find_netns(netns.path).identity == netns.identity
+        except OrchError:
+            return False
+
+    def _baseline(
+        self,
+        listings: tuple[Listing, ...],
+        applied: Applied | None,
+        target: Target | None,
+        registrations: tuple[Registration, ...],
+        loaded: frozenset[str],
+    ) -> Listing | None:
+        """How the live rules should list: as the ledger remembers, else as their document lists if loaded elsewhere."""
+        for listing in listings:
+            backend = self.system.rules[listing.backend]
+            if applied and applied.baseline.digest == listing.digest and applied.tool == backend.version():
+                return applied.baseline
+            known = [t.rules for t in (applied.target if applied else None, target) if t is not None]
+            rules = next((r for r in known if r.digest == listing.digest and r.backend is listing.backend), None)
+            if rules is None:
+                continue
+            there = {r.key for r in registrations}
+            taken = _taken(loaded)
+            # Naming a helper that is not registered would make the kernel load a module of that name.
+            if all(key in there or (key.name, key.l4proto) in taken for key in listing.helpers):
+                return backend.expected(rules)
+        return None
+
+    def _queue_holders(self, owner: Owner, queues: tuple[QueueRow, ...]) -> Mapping[int, str]:
+        neighbours = {
+            registration.queue_num: str(applied.owner)
+            for applied in self.ledger.neighbours(owner)
+            for registration in applied.registrations
+        }
+        return {
+            row.queue_num: neighbours.get(row.queue_num) or self.system.host.process_name(row.port_id) for row in queues
+        }
+
+    def _foreign_references(self) -> frozenset[str]:
+        return frozenset(
+            name
+            for netns in self._namespaces()
+            for backend in CONCRETE_BACKENDS
+            for name in _or_nothing(self.system.rules[backend].foreign_references, netns)
+        )
+
+
+def _or_nothing(look: Callable[[Netns], Iterable[T]], netns: Netns) -> Iterable[T]:
+    """What a look into a namespace gives; nothing where the namespace has gone meanwhile."""
+    try:
+        return look(netns)
+    except OrchError:
+        return ()
+
+
+def module_helpers() -> Mapping[str, frozenset[tuple[str, L4Proto]]]:
+    """Which (name, l4proto) each kernel module of the catalogue takes in the helper registry."""
+    result: dict[str, set[tuple[str, L4Proto]]] = {}
+    for entry in catalogue.helpers().values():
+        engine = entry.engine(Engine.KERNEL)
+        if engine is None:
+            continue
+        for module in engine.modules:
+            if module.startswith("nf_conntrack_"):
+                result.setdefault(module, set()).update(
+                    (engine.name_for(p.l4proto), p.l4proto) for p in entry.protocols
+                )
+    return {module: frozenset(taken) for module, taken in result.items()}
+
+
+def _taken(loaded: frozenset[str]) -> frozenset[tuple[str, L4Proto]]:
+    return frozenset(pair for module, pairs in module_helpers().items() if module in loaded for pair in pairs)

@@ -1,0 +1,188 @@
+"""What happens to each registration: made, changed, replaced, adopted, retired, or left to others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from orchestrator.model import HelperKey, Registration, Status, Target
+from orchestrator.state import Action, Change, Observed, Refusal, Scope
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """Registrations that a profile needs no more: those to remove, those to disable only, and why others stay."""
+
+    retire: tuple[Registration, ...]
+    disable: tuple[Registration, ...]
+    kept: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RegistrationPlan:
+    """What happens to each registration, by kind; every list is in key order."""
+
+    create: tuple[Registration, ...]
+    update: tuple[tuple[Registration, Registration], ...]
+    replace: tuple[tuple[Registration, Registration], ...]
+    leaving: Leaving
+    adopted: tuple[HelperKey, ...]
+    refusals: tuple[Refusal, ...]
+
+
+def plan_registrations(target: Target, observed: Observed) -> RegistrationPlan:
+    live = {r.key: r for r in observed.registrations}
+    create: list[Registration] = []
+    update: list[tuple[Registration, Registration]] = []
+    replaced: list[tuple[Registration, Registration]] = []
+    adopted: list[HelperKey] = []
+    refusals: list[Refusal] = []
+    stock = {r.key for r in target.stock}
+    for wanted in sorted((*target.registrations, *target.stock), key=by_key):
+        seen = live.get(wanted.key)
+        if seen is None:
+            refusals += _refuse_create(wanted, observed)
+            create.append(wanted)
+            continue
+        wanted = _as_seen(wanted, seen) if wanted.key in stock else wanted
+        refusal = _refuse_existing(wanted, seen, observed, is_stock=wanted.key in stock)
+        if refusal is not None:
+            refusals.append(refusal)
+            continue
+        if wanted.key not in observed.recorded:
+            adopted.append(wanted.key)
+        if seen == wanted:
+            continue
+        if wanted.status is Status.ENABLED and seen.status is Status.DISABLED:
+            refusals += _refuse_enable(wanted, observed)
+        (update if seen.can_become(wanted) else replaced).append((seen, wanted))
+    wanted_keys = {r.key for r in (*target.registrations, *target.stock)}
+    surplus = [live[key] for key in sorted(used_here(observed)) if key in live and key not in wanted_keys]
+    leaving = leaving_of(surplus, observed)
+    return RegistrationPlan(tuple(create), tuple(update), tuple(replaced), leaving, tuple(adopted), tuple(refusals))
+
+
+def by_key(registration: Registration) -> HelperKey:
+    return registration.key
+
+
+def _as_seen(stock: Registration, seen: Registration) -> Registration:
+    """A stock registration counts as right with whatever its engine wrote into it, as long as it is disabled."""
+    return replace(seen, status=Status.DISABLED) if seen.can_become(stock) else stock
+
+
+def used_here(observed: Observed) -> set[HelperKey]:
+    """Keys that this profile uses in this namespace: from the ledger, and from its own live rules if that is lost."""
+    applied = observed.applied
+    recorded = {r.key for r in applied.registrations} if applied else set()
+    return recorded | {key for listing in observed.listings for key in listing.helpers}
+
+
+def leaving_of(candidates: list[Registration], observed: Observed) -> Leaving:
+    """What becomes of registrations that this profile needs no more: others may use them, or name them in rules."""
+    retire: list[Registration] = []
+    disable: list[Registration] = []
+    kept: list[str] = []
+    for registration in candidates:
+        others = observed.users.get(registration.key, ())
+        if others:
+            kept.append(f"{registration.key} stays: used by {', '.join(map(str, others))}")
+        elif registration.key.name in observed.foreign_references:
+            kept.append(f"{registration.key} stays, disabled: rules that orch did not write attach it")
+            disable.append(registration)
+        else:
+            retire.append(registration)
+    return Leaving(tuple(retire), tuple(disable), tuple(kept))
+
+
+def _refuse_create(wanted: Registration, observed: Observed) -> list[Refusal]:
+    if (wanted.key.name, wanted.key.l4proto) not in observed.kernel_helpers:
+        return []
+    return [
+        Refusal(
+            f"cannot register helper {wanted.key}: the in-kernel helper of that name is loaded",
+            hint="unload its module (lsmod | grep nf_conntrack), or use engine: kernel"
+            " (conntrackd insists on that name even when rules attach another)",
+            where="the helper registry is host-wide",
+        )
+    ]
+
+
+def _refuse_existing(wanted: Registration, seen: Registration, observed: Observed, *, is_stock: bool) -> Refusal | None:
+    others = observed.users.get(wanted.key, ())
+    here = [owner for owner in others if owner.netns.identity == observed.netns.identity]
+    if here and not is_stock:
+        return Refusal(
+            f"helper {wanted.key} is already used in this namespace by profile {here[0].profile}",
+            hint="one queue has one listener in a namespace: put both into one profile, or tear the other down",
+        )
+    recorded = observed.recorded.get(wanted.key)
+    same = replace(seen, status=wanted.status) == wanted
+    if recorded is None and not same:
+        return Refusal(
+            f"helper {wanted.key} is registered already, not by orch, and differs: {differences(seen, wanted)}",
+            hint="whoever registered it must remove it (nfct helper delete), or give the helper another name",
+            where="the helper registry is host-wide",
+        )
+    if recorded is not None and others and not is_stock and replace(recorded, status=wanted.status) != wanted:
+        return Refusal(
+            f"helper {wanted.key} is shared with {others[0]}, which wants it otherwise: "
+            f"{differences(recorded, wanted)}",
+            hint="give the helper a name of its own in one of the profiles (name:), or make both equal",
+            where="the helper registry is host-wide",
+        )
+    return None
+
+
+def _refuse_enable(wanted: Registration, observed: Observed) -> list[Refusal]:
+    """An enabled helper without a listener blocks new connections; this would do it to another namespace."""
+    return [
+        Refusal(
+            f"cannot enable {wanted.key}: {owner} uses it and nobody listens on its queue there",
+            hint=f"apply or tear down profile {owner.profile} in netns {owner.netns} first, or use a name of your own",
+            where="an enabled helper without a listener blocks every new connection behind a stateful filter",
+        )
+        for owner in observed.deaf.get(wanted.key, ())
+    ]
+
+
+def differences(seen: Registration, wanted: Registration) -> str:
+    """What would change in a registration, as `queue 5 -> 6; expect_max 1 -> 4`; empty if nothing."""
+    parts: list[str] = []
+
+    def compare(name: str, before: object, after: object) -> None:
+        if before != after:
+            parts.append(f"{name} {before} -> {after}")
+
+    compare("queue", seen.queue_num, wanted.queue_num)
+    compare("status", seen.status, wanted.status)
+    compare("priv_data_len", seen.priv_data_len, wanted.priv_data_len)
+    names = [p.name for p in seen.policies], [p.name for p in wanted.policies]
+    compare("policies", ", ".join(names[0]), ", ".join(names[1]))
+    if names[0] == names[1]:
+        for before, after in zip(seen.policies, wanted.policies, strict=True):
+            compare(f"policy {before.name}: expect_max", before.expect_max, after.expect_max)
+            compare(f"policy {before.name}: expect_timeout", before.expect_timeout_s, after.expect_timeout_s)
+    return "; ".join(parts)
+
+
+def registration_changes(registrations: RegistrationPlan, observed: Observed) -> Iterable[Change]:
+    for r in registrations.create:
+        yield Change(Action.CREATE, Scope.HOST, str(r.key), f"queue {r.queue_num}; {'; '.join(map(str, r.policies))}")
+    for before, after in registrations.update:
+        yield Change(Action.UPDATE, Scope.HOST, str(after.key), differences(before, after))
+    for before, after in registrations.replace:
+        yield Change(
+            Action.REPLACE, Scope.HOST, str(after.key), differences(before, after), effect=_effect(observed, after.key)
+        )
+    for r in registrations.leaving.retire:
+        yield Change(Action.DELETE, Scope.HOST, str(r.key), "", effect=_effect(observed, r.key))
+
+
+def _effect(observed: Observed, key: HelperKey) -> str:
+    count = observed.connections.get(key.name, 0)
+    return f"{count} live connections lose this helper" if count else ""
+
+
+def connections_cut(observed: Observed, keys: list[HelperKey]) -> int:
+    return sum(observed.connections.get(name, 0) for name in {key.name for key in keys})

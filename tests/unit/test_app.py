@@ -1,0 +1,382 @@
+"""The use cases on the fake kernel: what a user can rely on, without a kernel."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from orchestrator.app import PlanRefusedError
+from orchestrator.errors import Interrupted, KernelError, OrchError, PreflightError, RollbackError
+from orchestrator.fake import FakeKernel
+from orchestrator.model import HelperKey, L3Proto, L4Proto, QueueRow, Status
+from tests.hosts import FTP, Harness
+
+OWN = HelperKey("ftp-us", L3Proto.IP, L4Proto.TCP)
+STOCK = HelperKey("ftp", L3Proto.IP, L4Proto.TCP)
+
+
+@pytest.fixture
+def kernel() -> FakeKernel:
+    return FakeKernel(modules_available={"nf_conntrack_ftp": (("ftp", L4Proto.TCP),), "nf_nat_ftp": ()})
+
+
+@pytest.fixture
+def orch(kernel: FakeKernel, tmp_path: Path) -> Harness:
+    return Harness(kernel.system(), tmp_path / "state")
+
+
+def refusal(orch: Harness, text: str, netns: str | None = None) -> str:
+    with pytest.raises(PlanRefusedError) as caught:
+        orch.apply(text, netns)
+    return "; ".join(r.what for r in caught.value.refusals)
+
+
+def test_apply_registers_disabled_starts_enables_and_loads_rules_last(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(FTP)
+    assert orch.steps == [
+        "register helper ftp/ip/tcp",
+        "register helper ftp-us/ip/tcp",
+        "start conntrackd",
+        "enable helper ftp-us/ip/tcp",
+        "disable helper ftp/ip/tcp",
+        "load rules inet orch-ftp",
+    ]
+    assert kernel.registrations[OWN].status is Status.ENABLED
+    assert kernel.registrations[STOCK].status is Status.DISABLED
+
+
+def test_second_apply_changes_nothing(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(FTP)
+    calls = len(kernel.calls)
+    assert orch.apply(FTP).plan.is_empty
+    assert orch.diff(FTP).plan.is_empty
+    assert len(kernel.calls) == calls
+
+
+def test_diff_changes_nothing(orch: Harness, kernel: FakeKernel, tmp_path: Path) -> None:
+    plan = orch.diff(FTP).plan
+    assert [c.subject for c in plan.changes] == ["ftp/ip/tcp", "ftp-us/ip/tcp", "conntrackd", "inet orch-ftp"]
+    assert kernel.calls == []
+    assert not (tmp_path / "state").exists()
+
+
+def test_teardown_leaves_the_host_as_it_was(orch: Harness, kernel: FakeKernel) -> None:
+    before = kernel.dump_text()
+    orch.apply(FTP)
+    orch.steps.clear()
+    orch.teardown()
+    assert kernel.dump_text() == before
+    assert orch.steps == [
+        "flush rules inet orch-ftp",
+        "disable helper ftp-us/ip/tcp",
+        "drain queue 36160",
+        "remove rules inet orch-ftp",
+        "unregister helper ftp/ip/tcp",
+        "unregister helper ftp-us/ip/tcp",
+        "stop conntrackd",
+    ]
+    assert not orch.teardown().reports
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_a_failing_step_undoes_the_earlier_ones(orch: Harness, kernel: FakeKernel, step: int) -> None:
+    before = kernel.dump_text()
+    kernel.fail_at(step, errno.ENOMEM)
+    with pytest.raises(KernelError) as caught:
+        orch.apply(FTP)
+    assert caught.value.errno == errno.ENOMEM
+    assert kernel.dump_text() == before
+    assert not orch.status().profiles
+    orch.apply(FTP)
+
+
+@pytest.mark.parametrize("step", range(5))
+def test_a_failing_way_back_says_what_is_left(orch: Harness, kernel: FakeKernel, step: int) -> None:
+    kernel.fail_at(5, errno.ENOMEM)
+    kernel._fail |= {6 + step: errno.EIO}
+    with pytest.raises(RollbackError) as caught:
+        orch.apply(FTP)
+    assert len(caught.value.leftovers) == 1
+    assert caught.value.what == str(KernelError("load rules", "ftp", errno.ENOMEM))
+    orch.apply(FTP)  # settles what was left
+    assert orch.status().profiles[0].drift == ()
+
+
+def test_a_signal_undoes(orch: Harness, kernel: FakeKernel) -> None:
+    before = kernel.dump_text()
+    orch.signal_number = 15
+    with pytest.raises(Interrupted):
+        orch.apply(FTP)
+    assert kernel.dump_text() == before
+
+
+def test_a_listener_that_does_not_bind_is_a_failure(orch: Harness, kernel: FakeKernel) -> None:
+    kernel.deaf_programs.add("conntrackd")
+    before = kernel.dump_text()
+    with pytest.raises(OrchError, match="does not listen"):
+        orch.apply(FTP)
+    assert kernel.dump_text() == before
+
+
+def test_a_missing_program_is_refused_with_the_cure(orch: Harness, kernel: FakeKernel) -> None:
+    kernel.programs.clear()
+    assert refusal(orch, FTP) == "conntrackd is not installed"
+    assert kernel.calls == []
+
+
+def test_a_missing_namespace_is_refused(orch: Harness) -> None:
+    with pytest.raises(PreflightError, match="no network namespace"):
+        orch.apply(FTP, "blue")
+
+
+def test_a_helper_taken_by_a_kernel_module_is_refused(orch: Harness, kernel: FakeKernel) -> None:
+    kernel.modules_loaded.add("nf_conntrack_ftp")
+    assert "cannot register helper ftp/ip/tcp: the in-kernel helper of that name is loaded" in refusal(orch, FTP)
+
+
+def test_a_foreign_registration_is_never_altered(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(FTP)
+    foreign = replace(kernel.registrations[OWN], queue_num=7)
+    orch.teardown()
+    kernel.registrations[OWN] = foreign
+    assert "registered already, not by orch, and differs: queue 7 -> 36160" in refusal(orch, FTP)
+    assert kernel.registrations[OWN] == foreign
+
+
+def test_two_namespaces_share_a_registration(orch: Harness, kernel: FakeKernel) -> None:
+    for name in ("blue", "red"):
+        kernel.add_netns(name)
+        orch.apply(FTP, name)
+    assert orch.apply(FTP, "blue").plan.is_empty
+    report = orch.teardown(netns="blue")
+    assert kernel.registrations[OWN].status is Status.ENABLED
+    assert [str(o) for o in report.others] == ["profile ftp in netns red"]
+    assert report.reports[0].plan.kept == (
+        "ftp/ip/tcp stays: used by profile ftp in netns red",
+        "ftp-us/ip/tcp stays: used by profile ftp in netns red",
+    )
+    assert orch.status().profiles[0].drift == ()
+    orch.teardown(netns="red")
+    assert not kernel.registrations
+
+
+def test_another_queue_in_a_second_namespace_is_refused(orch: Harness, kernel: FakeKernel) -> None:
+    for name in ("blue", "red"):
+        kernel.add_netns(name)
+    orch.apply(FTP, "blue")
+    text = refusal(orch, "profile: other\nhelpers: {ftp: {queue: 9}}\n", "red")
+    assert "ftp-us/ip/tcp is shared with profile ftp in netns blue, which wants it otherwise: queue 36160 -> 9" in text
+
+
+def test_two_profiles_of_a_namespace_cannot_share(orch: Harness) -> None:
+    orch.apply(FTP)
+    text = refusal(orch, "profile: other\nhelpers: {ftp: {attach: [{ports: [2121]}]}}\n")
+    assert "ftp-us/ip/tcp is already used in this namespace by profile ftp" in text
+
+
+def test_two_profiles_cannot_want_the_same_traffic(orch: Harness) -> None:
+    orch.apply(FTP)
+    text = refusal(orch, "profile: other\nhelpers: {sane: {attach: [{ports: [20-22]}]}}\n")
+    assert "profile ftp here attaches ftp-us/ip/tcp to the same traffic as sane-us/ip/tcp" in text
+
+
+def test_a_queue_of_somebody_else_is_refused(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(FTP)
+    seen, launch = next(iter(kernel.running_processes.values()))
+    orch.teardown()
+    queue = launch.spec.queues[0]
+    kernel.namespaces[""].queues[queue] = replace(_row(), queue_num=queue)
+    assert f"queue {queue} is held by port id 4711" in refusal(orch, FTP)
+    assert seen
+
+
+def _row() -> QueueRow:
+    return QueueRow(0, 4711, 0, 0, 0, 0)
+
+
+def test_death_of_the_process_disables_and_apply_mends_exactly_that(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(FTP)
+    kernel.kill(next(iter(kernel.running_processes)))
+    assert kernel.registrations[OWN].status is Status.DISABLED
+    assert orch.status().profiles[0].drift == (
+        "ftp-us/ip/tcp: status disabled -> enabled",
+        "conntrackd: queue 36160",
+    )
+    orch.steps.clear()
+    orch.apply(FTP)
+    assert orch.steps == ["start conntrackd", "enable helper ftp-us/ip/tcp", "disable helper ftp/ip/tcp"]
+
+
+def test_enabling_does_not_block_another_namespace(orch: Harness, kernel: FakeKernel) -> None:
+    for name in ("blue", "red"):
+        kernel.add_netns(name)
+        orch.apply(FTP, name)
+    for pid in list(kernel.running_processes):
+        kernel.kill(pid)
+    assert "cannot enable ftp-us/ip/tcp: profile ftp in netns red uses it and nobody listens" in refusal(
+        orch, FTP, "blue"
+    )
+
+
+def test_a_dead_watcher_is_drift_and_mended(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(FTP)
+    for pid, (seen, launch) in kernel.running_processes.items():
+        kernel.running_processes[pid] = (replace(seen, watched=False), launch)
+    orch.steps.clear()
+    orch.apply(FTP)
+    assert orch.steps == ["watch conntrackd"]
+
+
+def test_flushed_rules_are_drift(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(FTP)
+    space = kernel.namespaces[""]
+    space.tampered[next(iter(space.rules))] = "somebody was here"
+    assert orch.status().profiles[0].drift == ("inet orch-ftp: somebody changed them",)
+    difference = orch.diff(FTP)
+    assert difference.live_listing == "somebody was here"
+    orch.steps.clear()
+    orch.apply(FTP)
+    assert orch.steps == ["load rules inet orch-ftp"]
+
+
+def test_a_deleted_registration_is_made_again_and_rules_reloaded(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(FTP)
+    del kernel.registrations[OWN]
+    orch.steps.clear()
+    orch.apply(FTP)
+    assert orch.steps == [
+        "register helper ftp-us/ip/tcp",
+        "enable helper ftp-us/ip/tcp",
+        "load rules inet orch-ftp",
+    ]
+
+
+def test_a_policy_is_updated_in_place(orch: Harness) -> None:
+    orch.apply(FTP)
+    orch.steps.clear()
+    plan = orch.apply("profile: ftp\nhelpers: {ftp: {policies: {ftp: {expect_max: 4}}}}\n").plan
+    assert [c.detail for c in plan.changes] == ["policy ftp: expect_max 1 -> 4"]
+    assert orch.steps == ["update helper ftp-us/ip/tcp"]
+
+
+def test_another_queue_restarts_behind_a_disabled_registration(orch: Harness) -> None:
+    orch.apply(FTP)
+    orch.steps.clear()
+    orch.apply("profile: ftp\nhelpers: {ftp: {queue: 9}}\n")
+    assert orch.steps == [
+        "disable helper ftp-us/ip/tcp",
+        "drain queue 36160",
+        "stop conntrackd",
+        "update helper ftp-us/ip/tcp",
+        "start conntrackd",
+        "enable helper ftp-us/ip/tcp",
+        "disable helper ftp/ip/tcp",
+    ]
+    assert orch.status().profiles[0].drift == ()
+
+
+def test_a_removed_helper_is_retired_after_the_rules(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply("profile: ftp\nhelpers: {ftp: {}, sane: {engine: conntrackd}}\n")
+    orch.steps.clear()
+    orch.apply(FTP)
+    rules = orch.steps.index("load rules inet orch-ftp")
+    assert [s for s in orch.steps[rules:] if s.startswith("unregister")] == [
+        "unregister helper sane/ip/tcp",
+        "unregister helper sane/ip6/tcp",
+        "unregister helper sane-us/ip/tcp",
+        "unregister helper sane-us/ip6/tcp",
+    ]
+    assert sorted(kernel.registrations) == sorted([OWN, STOCK])
+
+
+def test_the_kernel_engine_needs_no_registration(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply("profile: ftp\nhelpers: {ftp: {engine: kernel}}\n")
+    assert orch.steps == ["load module nf_conntrack_ftp", "load module nf_nat_ftp", "load rules inet orch-ftp"]
+    assert not kernel.registrations
+    assert orch.diff("profile: ftp\nhelpers: {ftp: {engine: kernel}}\n").plan.is_empty
+
+
+def test_the_backend_can_be_changed(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(FTP)
+    orch.steps.clear()
+    orch.apply(FTP + "backend: iptables\n")
+    assert orch.steps == ["load rules raw orch-ftp", "remove rules inet orch-ftp"]
+    assert orch.diff(FTP + "backend: iptables\n").plan.is_empty
+
+
+def test_a_lost_ledger_adopts_what_matches(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(FTP)
+    shutil.rmtree(orch.state_dir)
+    assert [o.profile for o in orch.status().unknown] == ["ftp"]
+    calls = len(kernel.calls)
+    report = orch.apply(FTP)
+    assert report.plan.is_empty
+    assert report.plan.adopted == (STOCK, OWN)
+    assert len(kernel.calls) == calls
+    assert orch.status().profiles[0].drift == ()
+
+
+@pytest.mark.parametrize("by_file", [True, False])
+def test_teardown_works_without_the_ledger(orch: Harness, kernel: FakeKernel, *, by_file: bool) -> None:
+    before = kernel.dump_text()
+    orch.apply(FTP)
+    shutil.rmtree(orch.state_dir)
+    if by_file:
+        orch.teardown_file(FTP)
+    else:
+        orch.teardown("ftp")
+    assert kernel.dump_text() == before
+
+
+def test_teardown_spares_a_namespace_that_only_its_rules_tell_of(orch: Harness, kernel: FakeKernel) -> None:
+    kernel.delete_ignores_references = True
+    for name in ("blue", "red"):
+        kernel.add_netns(name)
+        orch.apply(FTP, name)
+    shutil.rmtree(orch.state_dir)
+    orch.teardown("ftp", "blue")
+    assert OWN in kernel.registrations
+
+
+def test_teardown_spares_what_foreign_rules_attach(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(FTP)
+    kernel.namespaces[""].foreign_references.add("ftp-us")
+    report = orch.teardown()
+    assert report.reports[0].plan.kept == ("ftp-us/ip/tcp stays, disabled: rules that orch did not write attach it",)
+    assert kernel.registrations[OWN].status is Status.DISABLED
+
+
+def test_teardown_asks_when_connections_lose_their_helper(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(FTP)
+    kernel.namespaces[""].connections["ftp-us"] = 3
+    orch.answer = False
+    before = kernel.dump_text()
+    assert orch.teardown().reports[0].declined
+    assert orch.questions == ["3 live connections lose their helper."]
+    assert kernel.dump_text() == before
+
+
+@pytest.mark.parametrize("release, warns", [("6.1.0-56-amd64", True), ("6.12.1", True), ("7.3.4+deb13", False)])
+def test_teardown_names_the_queues_whose_packets_the_kernel_drops(
+    orch: Harness, kernel: FakeKernel, release: str, *, warns: bool
+) -> None:
+    kernel.release = release
+    orch.apply(FTP)
+    kernel.namespaces[""].queues[5] = replace(_row(), queue_num=5)
+    orch.teardown()
+    assert any("queue 5 of port id 4711 in netns host" in w for w in orch.warnings) is warns
+
+
+def test_a_gone_namespace_is_told_and_released(orch: Harness, kernel: FakeKernel) -> None:
+    kernel.add_netns("blue")
+    orch.apply(FTP, "blue")
+    space = kernel.namespaces.pop("blue")
+    assert "blue" in orch.status().profiles[0].drift[0]
+    kernel.namespaces["gone"] = space  # (the fake looks namespaces up by identity; no name leads there any more)
+    orch.teardown(every_netns=True)
+    assert not kernel.registrations
+    assert not orch.status().profiles

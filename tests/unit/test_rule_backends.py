@@ -1,0 +1,366 @@
+"""Rule backends on this machine's kernel, in namespaces of their own; its helpers stand in for registered ones."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import uuid
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path as FilePath
+
+import pytest
+
+from orchestrator import profile, render
+from orchestrator.errors import KernelError, PreflightError
+from orchestrator.kernel import conntrack, iptables, modules, netns
+from orchestrator.kernel.filters import unrelated_filters
+from orchestrator.kernel.iptables import IptablesRules
+from orchestrator.kernel.nft import NftRules, nft_tables
+from orchestrator.model import (
+    Attachment,
+    Backend,
+    Desired,
+    Engine,
+    Helper,
+    HelperKey,
+    L3Proto,
+    L4Proto,
+    Netns,
+    Path,
+    PortRange,
+    Rules,
+)
+from orchestrator.ports import RuleBackend
+
+SBIN = "/usr/sbin:/usr/bin:/sbin:/bin"
+NEEDED = ("ip", "nft", "iptables-legacy", "iptables-nft")
+
+pytestmark = pytest.mark.skipif(
+    os.geteuid() != 0
+    or not all(shutil.which(p, path=SBIN) for p in NEEDED)
+    or not modules.available(("nf_conntrack_tftp", "nf_conntrack_ftp")),
+    reason=f"needs root, {', '.join(NEEDED)}, and the kernel's ftp and tftp helpers",
+)
+
+PROFILE = """
+profile: unit
+helpers:
+  ftp:
+    engine: kernel
+    attach:
+      - {path: [incoming], iif: lan0, saddr: [10.0.0.0/8, "fd00::/8"], ports: [21, 2121-2125]}
+      - {path: [outgoing], ports: [21]}
+  tftp:
+    engine: kernel
+    attach:
+      - {path: [incoming], ports: [69]}
+      - {path: [incoming], ports: [1069-1070]}
+"""
+ONLY_IP = PROFILE.replace("profile: unit", "profile: unit\nfamilies: [ip]").replace(', "fd00::/8"', "")
+
+
+def rules(backend: Backend, text: str = PROFILE) -> Rules:
+    return render.target(replace(profile.load(text, "p.yaml"), backend=backend)).rules
+
+
+def unknown_helper(backend: Backend) -> Rules:
+    """Rules of which the last family attaches a helper that nobody registered."""
+    desired = profile.load(ONLY_IP, "p.yaml")
+    key = HelperKey("nosuch", L3Proto.IP6, L4Proto.TCP)
+    extra = Attachment(key, Path.INCOMING, (PortRange(7, 7),))
+    helper = replace(desired.helpers[0], attachments=(*desired.helpers[0].attachments, extra))
+    return render.target(replace(desired, backend=backend, helpers=(helper, *desired.helpers[1:]))).rules
+
+
+def run(*argv: str) -> None:
+    subprocess.run(argv, check=True, capture_output=True, env={"PATH": SBIN})
+
+
+@pytest.fixture
+def space() -> Iterator[Netns]:
+    with netns.scratch():
+        yield netns.own()
+
+
+@pytest.fixture(params=list(Backend), ids=str)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    return Backend(request.param)
+
+
+def adapter_of(backend: Backend) -> RuleBackend:
+    return NftRules() if backend.is_nftables else IptablesRules(backend)
+
+
+@pytest.fixture
+def adapter(backend: Backend) -> RuleBackend:
+    return adapter_of(backend)
+
+
+def test_nothing_is_seen_in_a_new_namespace(adapter: RuleBackend, space: Netns) -> None:
+    assert adapter.listing(space, "unit") is None
+    assert adapter.profiles(space) == ()
+    assert adapter.foreign_references(space) == frozenset()
+
+
+def test_looking_leaves_no_trace_and_loads_no_module(adapter: RuleBackend, space: Netns) -> None:
+    before = sorted(p.name for p in FilePath("/sys/module").iterdir())
+    adapter.listing(space, "unit")
+    adapter.profiles(space)
+    adapter.foreign_references(space)
+    unrelated_filters(space)
+    adapter.flush(space, "unit")
+    adapter.remove(space, "unit")
+    assert sorted(p.name for p in FilePath("/sys/module").iterdir()) == before
+    assert nft_tables() == ()
+    names = FilePath("/proc/thread-self/net/ip_tables_names")
+    assert not names.exists() or names.read_text() == ""
+
+
+def test_what_is_loaded_lists_as_expected_and_loading_again_changes_nothing(
+    adapter: RuleBackend, backend: Backend, space: Netns
+) -> None:
+    wanted = rules(backend)
+    adapter.load(space, wanted)
+    listing = adapter.listing(space, "unit")
+    assert listing
+    assert listing == adapter.expected(wanted)
+    assert listing.digest == wanted.digest
+    names = {"ftp/ip/tcp", "ftp/ip6/tcp", "tftp/ip/udp", "tftp/ip6/udp"}
+    assert {str(k) for k in listing.helpers} == names
+    assert adapter.profiles(space) == ("unit",)
+    assert adapter.foreign_references(space) == frozenset()
+    adapter.load(space, wanted)
+    assert adapter.listing(space, "unit") == listing
+
+
+def test_what_is_no_longer_wanted_goes_with_the_next_load(adapter: RuleBackend, backend: Backend, space: Netns) -> None:
+    adapter.load(space, rules(backend))
+    adapter.load(space, rules(backend, ONLY_IP))
+    listing = adapter.listing(space, "unit")
+    assert listing == adapter.expected(rules(backend, ONLY_IP))
+    assert listing
+    assert {k.l3proto for k in listing.helpers} == {L3Proto.IP}
+
+
+def test_a_refused_load_leaves_everything_as_it_was(adapter: RuleBackend, backend: Backend, space: Netns) -> None:
+    with pytest.raises(KernelError, match="not registered"):
+        adapter.load(space, unknown_helper(backend))
+    assert adapter.listing(space, "unit") is None
+    adapter.load(space, rules(backend, ONLY_IP))
+    before = adapter.listing(space, "unit")
+    with pytest.raises(KernelError, match="not registered"):
+        adapter.load(space, unknown_helper(backend))
+    assert adapter.listing(space, "unit") == before
+
+
+def test_a_flush_detaches_and_a_removal_leaves_nothing(adapter: RuleBackend, backend: Backend, space: Netns) -> None:
+    adapter.load(space, rules(backend))
+    adapter.flush(space, "unit")
+    flushed = adapter.listing(space, "unit")
+    assert flushed
+    assert "dport" not in flushed.text
+    assert flushed.digest == ""
+    adapter.remove(space, "unit")
+    adapter.remove(space, "unit")
+    assert adapter.listing(space, "unit") is None
+
+
+def test_profiles_do_not_touch_each_other(adapter: RuleBackend, backend: Backend, space: Netns) -> None:
+    adapter.load(space, rules(backend))
+    listing = adapter.listing(space, "unit")
+    adapter.load(space, rules(backend, PROFILE.replace("profile: unit", "profile: unit-2")))
+    assert adapter.profiles(space) == ("unit", "unit-2")
+    adapter.remove(space, "unit-2")
+    assert adapter.listing(space, "unit") == listing
+
+
+@pytest.mark.parametrize(
+    "commands",
+    [
+        ["add chain {t} foreign", "add rule {t} foreign ct state related accept"],
+        ["add set {t} foreign {{ type ipv4_addr ; }}"],
+        ["add counter {t} foreign"],
+        ["add map {t} foreign {{ type ipv4_addr : verdict ; }}", "add element {t} foreign {{ 10.0.0.1 : jump about }}"],
+        ['add ct helper {t} foreign {{ type "irc" protocol tcp ; }}'],
+        ["add rule {t} about counter"],
+        ["add chain {t} prerouting-mangle150 {{ policy drop ; }}"],
+        [
+            "flush chain {t} {output}",
+            "delete chain {t} {output}",
+            "add chain {t} {output} {{ type filter hook output priority 7 ; }}",
+        ],
+        ["flush chain {t} {output}"],
+        ["add table {t} {{ flags dormant ; }}"],
+        ["add table {t} {{ flags dormant ; }}", "add chain {t} foreign {{ type filter hook input priority 0 ; }}"],
+    ],
+)
+def test_whatever_others_do_to_the_table_is_seen_and_put_right(commands: list[str], space: Netns) -> None:
+    adapter, wanted = NftRules(), rules(Backend.NFTABLES)
+    adapter.load(space, wanted)
+    expected = adapter.listing(space, "unit")
+    for command in commands:
+        run("nft", command.format(t="inet orch-unit", output="output-mangle150"))
+    assert adapter.listing(space, "unit") != expected
+    adapter.load(space, wanted)
+    assert adapter.listing(space, "unit") == expected
+
+
+def test_an_object_that_became_another_helper_is_put_right(space: Netns) -> None:
+    adapter, wanted = NftRules(), rules(Backend.NFTABLES)
+    run("nft", "add table inet orch-unit")
+    run("nft", 'add ct helper inet orch-unit ftp/ip/tcp { type "irc" protocol tcp ; l3proto ip ; }')
+    adapter.load(space, wanted)
+    assert adapter.listing(space, "unit") == adapter.expected(wanted)
+
+
+@pytest.mark.parametrize("variant", [Backend.IPTABLES_LEGACY, Backend.IPTABLES_NFT])
+def test_jumps_that_others_changed_are_seen_and_put_right(variant: Backend, space: Netns) -> None:
+    adapter, wanted = IptablesRules(variant), rules(variant)
+    adapter.load(space, wanted)
+    expected = adapter.listing(space, "unit")
+    run(variant, "-t", "raw", "-I", "OUTPUT", "-o", "lo", "-m", "comment", "--comment", 'a "b', "-j", "orch-unit-pre")
+    assert adapter.listing(space, "unit") != expected
+    adapter.load(space, wanted)
+    assert adapter.listing(space, "unit") == expected
+
+
+def test_helpers_that_others_attach_are_seen(adapter: RuleBackend, backend: Backend, space: Netns) -> None:
+    adapter.load(space, rules(backend))
+    if backend.is_nftables:
+        run("nft", "add table ip other")
+        run("nft", 'add ct helper ip other x { type "irc" protocol tcp ; }')
+    else:
+        run(backend, "-t", "raw", "-A", "OUTPUT", "-p", "tcp", "--dport", "6667", "-j", "CT", "--helper", "irc")
+    assert adapter.foreign_references(space) == {"irc"}
+    assert adapter.profiles(space) == ("unit",)
+
+
+def test_a_missing_program_is_named(space: Netns, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(iptables, "_SYSTEM_PATH", "/nonexistent")
+    adapter = IptablesRules(Backend.IPTABLES)
+    assert adapter.listing(space, "unit") is None
+    with pytest.raises(PreflightError, match="iptables-restore is not installed"):
+        adapter.load(space, rules(Backend.IPTABLES))
+
+
+def test_dropping_filters_are_found_in_every_kind_of_table(space: Netns) -> None:
+    assert unrelated_filters(space) == ()
+    run("nft", "add table inet f")
+    run("nft", "add chain inet f c { type filter hook forward priority 0 ; policy drop ; }")
+    run("iptables-legacy", "-P", "FORWARD", "DROP")
+    run("iptables-nft", "-P", "FORWARD", "DROP")
+    run("iptables-nft", "-A", "FORWARD", "-m", "conntrack", "--ctstate", "ESTABLISHED", "-j", "ACCEPT")
+    found = ("inet f c", "ip filter (iptables-legacy) FORWARD", "ip filter FORWARD")
+    assert unrelated_filters(space) == found
+    run("nft", "add rule inet f c ct state related accept")
+    run("iptables-legacy", "-A", "FORWARD", "-m", "conntrack", "--ctstate", "RELATED", "-j", "ACCEPT")
+    run("iptables-nft", "-A", "FORWARD", "-m", "conntrack", "--ctstate", "RELATED", "-j", "ACCEPT")
+    assert unrelated_filters(space) == ()
+
+
+@pytest.fixture
+def router() -> Iterator[tuple[Netns, Netns]]:
+    """A client and a server namespace with a cable between them: 10.1.0.1 to 10.1.0.2, fd00:1::1 to fd00:1::2.
+
+    Neighbours are permanent, so that a packet has arrived when it was sent.
+    """
+    modules.KernelModules().load(conntrack.MODULE)  # a look at the connections would not
+    names = [f"orch-{side}-{uuid.uuid4().hex[:6]}" for side in ("client", "server")]
+    for name in names:
+        run("ip", "netns", "add", name)
+    try:
+        run("ip", "-n", names[0], "link", "add", "lan0", "type", "veth", "peer", "name", "lan0", "netns", names[1])
+        for number, name in enumerate(names, start=1):
+            run("ip", "-n", name, "address", "add", f"10.1.0.{number}/24", "dev", "lan0")
+            run("ip", "-n", name, "address", "add", f"fd00:1::{number}/64", "dev", "lan0", "nodad")
+            run("ip", "-n", name, "link", "set", "lan0", "address", f"02:00:00:00:00:0{number}", "up")
+        for number, name in ((2, names[0]), (1, names[1])):
+            for address in (f"10.1.0.{number}", f"fd00:1::{number}"):
+                neighbour = (address, "lladdr", f"02:00:00:00:00:0{number}", "dev", "lan0")
+                run("ip", "-n", name, "neighbour", "replace", *neighbour)
+        yield netns.find(names[0]), netns.find(names[1])
+    finally:
+        for name in names:
+            run("ip", "netns", "delete", name)
+
+
+def tftp(family: L3Proto, path: Path, ports: str, saddr: str = "", daddr: str = "", interface: str = "") -> Attachment:
+    first, _, last = ports.partition("-")
+    return Attachment(
+        HelperKey("tftp", family, L4Proto.UDP),
+        path,
+        (PortRange(int(first), int(last or first)),),
+        interface,
+        tuple(filter(None, (saddr,))),
+        tuple(filter(None, (daddr,))),
+    )
+
+
+def traffic_rules(backend: Backend, *attachments: Attachment) -> Rules:
+    keys = tuple(sorted({a.key for a in attachments}))
+    helper = Helper("tftp", "tftp", Engine.KERNEL, keys, (), attachments, ())
+    return render.target(Desired("unit", "p.yaml", "", backend, (helper,), (), (), ())).rules
+
+
+def send(address: str, port: int) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.sendto(b"x", (address, port))
+
+
+def test_traffic_gets_the_helper_where_the_rules_say_so(
+    adapter: RuleBackend, backend: Backend, router: tuple[Netns, Netns]
+) -> None:
+    client, server = router
+    shapes = [
+        attachment
+        for family, around, inside, outside, to in (
+            (L3Proto.IP, "10.0.0.0/8", "10.1.0.0/16", "10.2.0.0/16", "10.1.0.2"),
+            (L3Proto.IP6, "fd00::/8", "fd00:1::/32", "fd00:2::/32", "fd00:1::2"),
+        )
+        for attachment in (
+            tftp(family, Path.INCOMING, "69"),
+            tftp(family, Path.INCOMING, "70-71"),
+            tftp(family, Path.INCOMING, "100-109", interface="lan0"),
+            tftp(family, Path.INCOMING, "110", interface="lan0"),
+            tftp(family, Path.INCOMING, "120-129", interface="wan0"),
+            tftp(family, Path.INCOMING, "200-209", inside, to, "lan0"),
+            tftp(family, Path.INCOMING, "210", inside, to, "lan0"),
+            tftp(family, Path.INCOMING, "220-229", outside, to, "lan0"),
+            tftp(family, Path.INCOMING, "300-309", inside),
+            tftp(family, Path.INCOMING, "300-319", around),
+            tftp(family, Path.INCOMING, "320", outside),
+        )
+    ]
+    helped = [69, 70, 71, 100, 105, 109, 110, 200, 205, 210, 300, 309, 310, 319]
+    left_alone = [68, 72, 99, 111, 120, 125, 199, 211, 220, 225, 299, 320, 321]
+    adapter.load(server, traffic_rules(backend, *shapes))
+    for address in ("10.1.0.2", "fd00:1::2"):
+        before = conntrack.connections(server).get("tftp", 0)
+        with netns.entered(client):
+            for port in left_alone:
+                send(address, port)
+        assert conntrack.connections(server).get("tftp", 0) == before
+        with netns.entered(client):
+            for number, port in enumerate(helped, start=1):
+                send(address, port)
+                assert (port, conntrack.connections(server).get("tftp", 0)) == (port, before + number)
+
+
+def test_traffic_of_this_host_gets_the_helper(
+    adapter: RuleBackend, backend: Backend, router: tuple[Netns, Netns]
+) -> None:
+    client, _ = router
+    wanted = traffic_rules(
+        backend,
+        tftp(L3Proto.IP, Path.OUTGOING, "69", daddr="10.1.0.2", interface="lan0"),
+        tftp(L3Proto.IP, Path.OUTGOING, "70-75", daddr="10.1.0.2", interface="lan0"),
+        tftp(L3Proto.IP6, Path.OUTGOING, "69"),
+    )
+    adapter.load(client, wanted)
+    with netns.entered(client):
+        for address, port in (("10.1.0.2", 69), ("10.1.0.2", 72), ("fd00:1::2", 69), ("10.1.0.2", 76)):
+            send(address, port)
+    assert conntrack.connections(client) == {"tftp": 3}
