@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import gc
 import logging
 import os
 import signal
@@ -152,9 +153,9 @@ class Session:
 
     def result(self, exit_code: ExitCode, text: str, **content: Any) -> ExitCode:
         """The last thing a command says: a JSON line, or text on standard output."""
-        from orchestrator.views import machine
-
         if self.is_json:
+            from orchestrator.views import machine
+
             self.write(machine.result_line(self.command, exit_code, **content) + "\n")
         elif not self.is_quiet:
             self.write(text)
@@ -496,6 +497,7 @@ def _asked_colour(argv: list[str]) -> Colour:
 
 
 def main() -> None:
+    gc.disable()  # a command ends before its garbage matters; looking for it takes a quarter of a large apply
     code = run(sys.argv[1:])
     try:
         sys.stdout.flush()

@@ -16,6 +16,7 @@ from orchestrator.state import (
     DeleteRegistration,
     DrainQueues,
     FlushRules,
+    KeepRegistrations,
     LoadModule,
     LoadRules,
     Plan,
@@ -67,7 +68,7 @@ class Execution:
             try:
                 self._timed(step)
             except (OrchError, OSError) as error:
-                if isinstance(step, StopProcess):
+                if isinstance(step, StartProcess | StopProcess):  # the others do all or nothing
                     self._done.append((sequence, step))
                 self._fail(error)
             self.ledger.done(self.tx, sequence)
@@ -153,6 +154,8 @@ def perform(step: Step, system: System, netns: Netns, *, is_undo: bool = False) 
             _update(system, after, is_undo=is_undo)
         case DeleteRegistration(registration):
             _delete(system, registration, is_undo=is_undo)
+        case KeepRegistrations(registrations):
+            _put_back(system, registrations)
         case StartProcess(launch):
             if not (is_undo and _running(system, netns, launch.spec.name)):
                 system.processes.start(launch)
@@ -169,6 +172,13 @@ def perform(step: Step, system: System, netns: Netns, *, is_undo: bool = False) 
             system.rules[before.backend].flush(netns, before.profile)
         case RemoveRules(before):
             system.rules[before.backend].remove(netns, before.profile)
+
+
+def _put_back(system: System, registrations: tuple[Registration, ...]) -> None:
+    live = {r.key: r for r in system.registry.dump()}
+    for registration in registrations:
+        if live.get(registration.key, registration) != registration:
+            system.registry.update(registration)
 
 
 def _load(system: System, netns: Netns, rules: Rules) -> None:

@@ -209,8 +209,9 @@ class FakeRules:
         if at not in space.rules:
             return None
         listing = self.expected(space.rules[at])
-        text = "" if at in space.flushed else space.tampered.get(at, listing.text)
-        return replace(listing, text=text)
+        if at in space.flushed:
+            return replace(listing, text="", digest="")
+        return replace(listing, text=space.tampered.get(at, listing.text))
 
     def profiles(self, netns: Netns) -> tuple[str, ...]:
         return tuple(sorted(p for backend, p in self.kernel.at(netns).rules if backend is self.backend))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import sqlite3
 from collections.abc import Iterator, Mapping
@@ -19,7 +18,7 @@ from typing import Any
 from orchestrator.errors import OrchError, RefusedError
 from orchestrator.model import HelperKey, Registration
 from orchestrator.ports import Clock
-from orchestrator.serial import from_plain, to_plain
+from orchestrator.serial import from_json, to_json
 from orchestrator.state import Applied, Owner, Step
 
 _SCHEMA = 1
@@ -93,12 +92,12 @@ class Ledger:
 
     def applied(self) -> tuple[Applied, ...]:
         rows = self._db.execute("SELECT value FROM applied ORDER BY netns, profile").fetchall()
-        return tuple(from_plain(Applied, json.loads(value)) for (value,) in rows)
+        return tuple(from_json(Applied, value) for (value,) in rows)
 
     def owners(self) -> tuple[Owner, ...]:
         """Who has something applied; cheaper than `applied` as nothing large is decoded."""
         rows = self._db.execute("SELECT json_extract(value, '$.owner') FROM applied ORDER BY netns, profile").fetchall()
-        return tuple(from_plain(Owner, json.loads(value)) for (value,) in rows)
+        return tuple(from_json(Owner, value) for (value,) in rows)
 
     def neighbours(self, owner: Owner) -> tuple[Applied, ...]:
         """Other profiles that are applied in the same namespace."""
@@ -106,18 +105,18 @@ class Ledger:
             "SELECT value FROM applied WHERE netns = ? AND profile != ? ORDER BY profile",
             (owner.netns.identity, owner.profile),
         ).fetchall()
-        return tuple(from_plain(Applied, json.loads(value)) for (value,) in rows)
+        return tuple(from_json(Applied, value) for (value,) in rows)
 
     def find(self, owner: Owner) -> Applied | None:
         row = self._db.execute(
             "SELECT value FROM applied WHERE profile = ? AND netns = ?", (owner.profile, owner.netns.identity)
         ).fetchone()
-        return from_plain(Applied, json.loads(row[0])) if row else None
+        return from_json(Applied, row[0]) if row else None
 
     def recorded(self) -> Mapping[HelperKey, Registration]:
         """Registrations that are ours, as they were applied last."""
         rows = self._db.execute("SELECT value FROM registration ORDER BY key").fetchall()
-        registrations = [from_plain(Registration, json.loads(value)) for (value,) in rows]
+        registrations = [from_json(Registration, value) for (value,) in rows]
         return {r.key: r for r in registrations}
 
     def users(self) -> Mapping[HelperKey, tuple[Owner, ...]]:
@@ -136,8 +135,8 @@ class Ledger:
             "SELECT id, command, owner FROM transaction_ ORDER BY id"
         ).fetchall():
             rows = self._db.execute("SELECT state, value FROM step WHERE tx = ? ORDER BY seq", (tx,)).fetchall()
-            begun = tuple((from_plain(Step, json.loads(value)), state == "done") for state, value in rows)
-            result.append(Unsettled(tx, command, from_plain(Owner, json.loads(owner)), begun))
+            begun = tuple((from_json(Step, value), state == "done") for state, value in rows)
+            result.append(Unsettled(tx, command, from_json(Owner, owner), begun))
         return tuple(result)
 
     # -- writing ------------------------------------------------------------------------------------------------------
@@ -146,14 +145,14 @@ class Ledger:
         with _write(self._db):
             cursor = self._db.execute(
                 "INSERT INTO transaction_ (command, owner, pid) VALUES (?, ?, ?)",
-                (command, json.dumps(to_plain(owner)), os.getpid()),
+                (command, to_json(owner), os.getpid()),
             )
         return int(cursor.lastrowid or 0)
 
     def intend(self, tx: int, sequence: int, step: Step) -> None:
         """Record that a step is about to be taken; durable before this returns."""
         with _write(self._db):
-            self._db.execute("INSERT INTO step VALUES (?, ?, 'intent', ?)", (tx, sequence, json.dumps(to_plain(step))))
+            self._db.execute("INSERT INTO step VALUES (?, ?, 'intent', ?)", (tx, sequence, to_json(step)))
 
     def done(self, tx: int, sequence: int) -> None:
         with _write(self._db):
@@ -177,7 +176,7 @@ class Ledger:
                 self._db.execute("DELETE FROM transaction_ WHERE id = ?", (tx,))
             self._db.execute(
                 "INSERT OR REPLACE INTO applied VALUES (?, ?, ?)",
-                (owner.profile, owner.netns.identity, json.dumps(to_plain(applied))),
+                (owner.profile, owner.netns.identity, to_json(applied)),
             )
             self._db.execute("DELETE FROM use WHERE profile = ? AND netns = ?", (owner.profile, owner.netns.identity))
             self._db.executemany(
@@ -186,7 +185,7 @@ class Ledger:
             )
             self._db.executemany(
                 "INSERT OR REPLACE INTO registration VALUES (?, ?)",
-                [(str(key), json.dumps(to_plain(r))) for key, r in mine.items()],
+                [(str(key), to_json(r)) for key, r in mine.items()],
             )
             self._forget_unused()
 

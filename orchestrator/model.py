@@ -275,8 +275,8 @@ class Rules:
 class Listing:
     """Rules as the system lists them, normalised: equal listings mean equal rules.
 
-    `digest` is the one written into the table's comment at load time. `text` is for people and compared as it is.
-    `helpers` names the registrations that the rules refer to.
+    `digest` is the one written into a rule's comment at load time, empty if there is none. `text` is for people and
+    compared as it is. `helpers` names the registrations that the rules refer to.
     """
 
     backend: Backend

@@ -32,7 +32,8 @@ class Observer:
         registrations = self.system.registry.dump()
         is_there = self._is_there(netns)
         all_listings = self._listings(owner) if is_there else ()
-        listings = tuple(listing for listing in all_listings if listing.digest)
+        # Somebody's flush takes the digest with it: then only the ledger tells that the table is ours.
+        listings = tuple(listing for listing in all_listings if listing.digest or applied is not None)
         queues = self.system.host.queues(netns) if is_there else ()
         users = self._users(owner)
         modules = tuple(sorted(module_helpers()) if target is None else {*module_helpers(), *target.modules})
@@ -44,7 +45,7 @@ class Observer:
             users=users,
             deaf={key: deaf for key, owners in users.items() if (deaf := self._deaf(key, owners, registrations))},
             listings=listings,
-            foreign_table=next((rules_name(x, owner.profile) for x in all_listings if not x.digest), ""),
+            foreign_table=next((rules_name(x, owner.profile) for x in all_listings if x not in listings), ""),
             applied=applied,
             baseline=self._baseline(listings, applied, target, registrations, loaded),
             neighbours=tuple((a.owner, a.target.attachments) for a in self.ledger.neighbours(owner)),

@@ -38,6 +38,7 @@ from orchestrator.state import (
     DeleteRegistration,
     DrainQueues,
     FlushRules,
+    KeepRegistrations,
     LoadModule,
     LoadRules,
     Observed,
@@ -94,14 +95,16 @@ def plan_teardown(observed: Observed, owner: Owner, mine: Iterable[Registration]
     retire = leaving.retire
     before = [loaded_rules(listing, observed, owner.profile) for listing in observed.listings]
     stops = tuple(StopProcess(p, None) for p in observed.processes)
+    stock = tuple(replace(r, status=Status.DISABLED) for r in retire if r.status is Status.DISABLED)
     waiting = tuple(sorted({r.queue_num for r in retire} & {q.queue_num for q in observed.queues}))
     steps: tuple[Step, ...] = (
         *(FlushRules(rules) for rules in before),
         *_disable((*retire, *leaving.disable)),
         *((DrainQueues(waiting),) if waiting and stops else ()),
         *(RemoveRules(rules) for rules in before),
-        *(DeleteRegistration(replace(r, status=Status.DISABLED)) for r in retire),
+        *([KeepRegistrations(stock)] if stops and stock else []),
         *stops,
+        *(_delete(r) for r in retire),
     )
     changes = (
         *(Change(Action.DELETE, Scope.RULES, rules_name(rules), "") for rules in before),
@@ -126,43 +129,84 @@ def _apply_steps(
     modules: tuple[str, ...],
     rules_reason: str,
 ) -> tuple[Step, ...]:
-    live = {r.key: r for r in observed.registrations}
+    leaving = registrations.leaving
     stopped = {p.name for p, _ in processes.stop}
     started = {launch.spec.name for launch in processes.start}
-    served = _served(target, observed, stopped)
-    quiet = [live[key] for key in sorted(served) if key in live]
-    quiet += [before for before, _ in registrations.replace if before.key not in served]
-    leaving = registrations.leaving
-    quiet += [r for r in (*leaving.retire, *leaving.disable) if r.key not in served]
+    quiet = _to_quieten(target, observed, registrations, stopped)
     disabled = {r.key for r in quiet}
     waiting = tuple(sorted({r.queue_num for r in quiet} & {q.queue_num for q in observed.queues}))
+    must_drain = bool(waiting) and bool(stopped or registrations.replace)
+    fresh = (*registrations.create, *(after for _, after in registrations.replace))
+    held, finals = _value_updates(registrations.update, disabled)
+    kept = _keep(target, observed, fresh, quiet, held, started | stopped)
+    unload, load = _rules_steps(target, observed, {r.key for r in fresh}, rules_reason)
+    is_replacing = bool(registrations.replace)
+    return (
+        *(LoadModule(m) for m in modules),
+        *_disable(quiet),
+        *([DrainQueues(waiting)] if must_drain else []),
+        *(unload if is_replacing else []),
+        *(_delete(r) for r, _ in registrations.replace),
+        *(CreateRegistration(replace(r, status=Status.DISABLED)) for r in fresh),
+        *held,
+        *kept,
+        *(StopProcess(p, None) for p, _ in processes.stop if p.name in started),
+        *(StartProcess(launch) for launch in processes.start),
+        *kept,
+        *(WatchProcess(launch, seen) for launch, seen in processes.watch),
+        *_enable(target, {r.key for r in fresh} | disabled | set(finals)),
+        *([] if is_replacing else unload),
+        *load,
+        *(RemoveRules(loaded_rules(x, observed, target.profile)) for x in other_listings(target.rules, observed)),
+        *(StopProcess(p, None) for p, _ in processes.stop if p.name not in started),
+        *(_delete(r) for r in leaving.retire),
+    )
+
+
+def _to_quieten(
+    target: Target, observed: Observed, registrations: RegistrationPlan, stopped: set[str]
+) -> list[Registration]:
+    """Live registrations to disable first: their listener stops, or they are about to go."""
+    live = {r.key: r for r in observed.registrations}
+    leaving = registrations.leaving
+    going = (*(before for before, _ in registrations.replace), *leaving.retire, *leaving.disable)
+    served = _served(target, observed, stopped)
+    return [live[key] for key in sorted(served | {r.key for r in going}) if key in live]
+
+
+def _rules_steps(
+    target: Target, observed: Observed, fresh: set[HelperKey], reason: str
+) -> tuple[list[Step], list[Step]]:
+    """How to unload the rules, where they hold on to a helper that was or will be unregistered, and how to load them.
+
+    Replaced in place, a table keeps its helper objects, and on 7.3 those would go on attaching the helper that is gone.
+    """
     before = live_listing(target.rules, observed)
     loaded = None if before is None else loaded_rules(before, observed, target.profile)
-    must_unload = bool(registrations.replace) and loaded is not None
-    relaunch = {launch.spec.name: launch for launch in processes.start}
+    if before is not None and loaded is not None and fresh & before.helpers:
+        return [RemoveRules(loaded)], [LoadRules(None, target.rules)]
+    return [], [LoadRules(loaded, target.rules)] if reason else []
 
-    early: list[Step] = [LoadModule(m) for m in modules]
-    early += _disable(quiet)
-    early += [DrainQueues(waiting)] if waiting and (stopped or registrations.replace) else []
-    early += [RemoveRules(loaded)] if must_unload and loaded is not None else []
-    early += [DeleteRegistration(replace(r, status=Status.DISABLED)) for r, _ in registrations.replace]
-    fresh = (*registrations.create, *(after for _, after in registrations.replace))
-    early += [CreateRegistration(replace(r, status=Status.DISABLED)) for r in fresh]
-    early += [StopProcess(p, None) for p, _ in processes.stop if p.name in relaunch]
-    held, finals = _value_updates(registrations.update, disabled)
-    early += held
-    early += [StartProcess(launch) for launch in processes.start]
-    early += [WatchProcess(launch, seen) for launch, seen in processes.watch]
-    early += _final_statuses(target, {r.key for r in fresh} | disabled | set(finals), started)
-    commit: list[Step] = (
-        [LoadRules(None if must_unload else loaded, target.rules)] if rules_reason or must_unload else []
-    )
-    late: list[Step] = [
-        RemoveRules(loaded_rules(r, observed, target.profile)) for r in other_listings(target.rules, observed)
-    ]
-    late += [DeleteRegistration(replace(r, status=Status.DISABLED)) for r in leaving.retire]
-    late += [StopProcess(p, None) for p, _ in processes.stop if p.name not in relaunch]
-    return (*early, *commit, *late)
+
+def _keep(
+    target: Target,
+    observed: Observed,
+    fresh: tuple[Registration, ...],
+    quiet: list[Registration],
+    held: list[Step],
+    names: set[str],
+) -> list[Step]:
+    """The stock registrations as they are when processes are stopped and started; none if no process is touched."""
+    stock = {r.key for r in target.stock} | {r.key for r in (observed.applied.target.stock if observed.applied else ())}
+    now = {r.key: r for r in observed.registrations}
+    now |= {r.key: replace(r, status=Status.DISABLED) for r in (*fresh, *quiet)}
+    now |= {step.after.key: step.after for step in held if isinstance(step, UpdateRegistration)}
+    kept = tuple(now[key] for key in sorted(stock) if key in now)
+    return [KeepRegistrations(kept)] if names and kept else []
+
+
+def _delete(registration: Registration) -> Step:
+    return DeleteRegistration(replace(registration, status=Status.DISABLED))
 
 
 def _served(target: Target, observed: Observed, names: set[str]) -> set[HelperKey]:
@@ -200,20 +244,13 @@ def _value_updates(
     return steps, finals
 
 
-def _final_statuses(target: Target, pending: set[HelperKey], started: set[str]) -> list[Step]:
-    """Enable what must be enabled, now that listeners are there; disable what a starting engine enabled by itself."""
-    steps: list[Step] = [
+def _enable(target: Target, pending: set[HelperKey]) -> list[Step]:
+    """Enable what must be enabled, now that its listener is there."""
+    return [
         UpdateRegistration(replace(wanted, status=Status.DISABLED), wanted)
         for wanted in target.registrations
         if wanted.status is Status.ENABLED and wanted.key in pending
     ]
-    by_engine = {key for spec in target.processes if spec.name in started for key in spec.keys}
-    steps += [
-        UpdateRegistration(replace(stock, status=Status.ENABLED), stock)
-        for stock in target.stock
-        if stock.key in by_engine
-    ]
-    return steps
 
 
 def relaunchable(plan: Plan, launch_of: Callable[[ProcessSeen], Launch | None]) -> Plan:

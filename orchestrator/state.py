@@ -114,6 +114,16 @@ class DeleteRegistration:
 
 
 @dataclass(frozen=True, slots=True)
+class KeepRegistrations:
+    """Put back what an engine wrote into registrations: conntrackd enables its stock keys before it listens.
+
+    It stands after a start, and, for the way back, before a stop or start; it is its own inverse.
+    """
+
+    registrations: tuple[Registration, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StartProcess:
     launch: Launch
 
@@ -161,6 +171,7 @@ Step = (
     | CreateRegistration
     | UpdateRegistration
     | DeleteRegistration
+    | KeepRegistrations
     | StartProcess
     | StopProcess
     | WatchProcess
@@ -180,6 +191,8 @@ def inverse(step: Step, netns: Netns) -> Step | None:
             return UpdateRegistration(after, before)
         case DeleteRegistration(registration):
             return CreateRegistration(registration)
+        case KeepRegistrations():
+            return step
         case StartProcess(launch):
             return StopProcess(
                 ProcessSeen(launch.profile, netns.identity, launch.spec.name, 0, "", 0, watched=False), None
@@ -207,6 +220,8 @@ def describe(step: Step) -> str:
             return _describe_update(before, after)
         case DeleteRegistration(registration):
             return f"unregister helper {registration.key}"
+        case KeepRegistrations(registrations):
+            return f"keep {', '.join(str(r.key) for r in registrations)} as it was"
         case StartProcess(launch):
             return f"start {launch.spec.name}"
         case StopProcess(process, _):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,6 +60,7 @@ class Harness:
         return self.answer
 
 
+@functools.cache
 def both(text: str) -> tuple[Desired, Target]:
     desired = profile.load(text, "test.yaml")
     return desired, render.target(desired)

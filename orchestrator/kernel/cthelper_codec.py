@@ -6,11 +6,9 @@ import struct
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pyroute2.netlink import NLA_F_NESTED, NetlinkDecodeError, nla
-from pyroute2.netlink.nfnetlink import NFNL_SUBSYS_CTHELPER, nfgen_msg
-
 from orchestrator.errors import DecodeError
 from orchestrator.kernel.netlink import HEADER_BYTES, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST
+from orchestrator.kernel.pyroute import NFNL_SUBSYS_CTHELPER, NLA_F_NESTED, NetlinkDecodeError, nfgen_msg, nla
 from orchestrator.model import POLICIES_MAX, HelperKey, L3Proto, L4Proto, Policy, Registration, Status
 
 NFNL_MSG_CTHELPER_NEW = 0

@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pyroute2.netns import setns
-
 from orchestrator.errors import PreflightError
+from orchestrator.kernel.pyroute import setns
 from orchestrator.model import Netns
 
 _NAMED = (Path("/run/netns"), Path("/var/run/netns"))

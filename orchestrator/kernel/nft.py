@@ -25,7 +25,9 @@ log = logging.getLogger(__name__)
 _TABLES = dump_request(subsystem=10, command=1)  # NFNL_SUBSYS_NFTABLES, NFT_MSG_GETTABLE
 _FAMILIES = {1: "inet", 2: "ip", 3: "arp", 5: "netdev", 7: "bridge", 10: "ip6"}  # NFPROTO_*
 _OWN_PREFIX = "orch-"
-_PART = re.compile(r"^\t((?:ct )?[a-z]+) (\S+) \{", re.MULTILINE)  # chain, set, object... of a table's text
+# A chain, set, object... in the text of a table, as nft lists it and as a template may write it.
+_LISTED = re.compile(r"^\t((?:ct )?[a-z]+) (\S+) \{", re.MULTILINE)
+_WRITTEN = re.compile(r"^\s*((?:ct )?[a-z]+) (\S+) \{", re.MULTILINE)
 _FIXED = ("ct helper",)
 _DELETE_FIRST = ("map", "set")  # they can refer to chains and objects
 _ERRNO_BY_TEXT = {os.strerror(number): number for number in errno.errorcode}
@@ -71,7 +73,8 @@ class NftRules:
         return listing
 
     def version(self) -> str:
-        return f"nftables {NftSession().objects('list tables', 'metainfo')[0]['version']}"
+        # Listing chains is cheap; for any other list nft 1.0.6 first reads the contents of every table.
+        return f"nftables {NftSession().objects('list chains', 'metainfo')[0]['version']}"
 
     def foreign_references(self, netns: Netns) -> frozenset[str]:
         with entered(netns):
@@ -170,9 +173,9 @@ def _replace(session: NftSession, rules: Rules) -> None:
     current = _on_table("list", session, rules.profile) or ""
     if "\tflags dormant\n" in current:
         session.text(f"table {table}\n", operation="load rules", key=table)  # not in one batch with deleting chains
-    present = _parts(current)
+    present = _parts(current, _LISTED)
     try:
-        _load(session, table, present - _parts(document.text), document.text)
+        _load(session, table, present - _parts(document.text, _WRITTEN), document.text)
     except KernelError as error:
         if error.errno not in (errno.EEXIST, errno.EOPNOTSUPP):
             raise
@@ -181,17 +184,21 @@ def _replace(session: NftSession, rules: Rules) -> None:
 
 
 def _load(session: NftSession, table: str, surplus: set[_Part], text: str) -> None:
-    ordered = sorted(surplus, key=lambda part: part.kind not in _DELETE_FIRST)
+    ordered = sorted(surplus, key=lambda part: (part.kind not in _DELETE_FIRST, part))
     deletions = "".join(f"delete {part.kind} {table} {part.name}\n" for part in ordered)
     session.text(f"table {table}\nflush table {table}\n{deletions}{text}", operation="load rules", key=table)
 
 
-def _parts(text: str) -> set[_Part]:
-    """All that is in the text of a table. Objects are told apart by content too, see _Part."""
+def _parts(text: str, pattern: re.Pattern[str]) -> set[_Part]:
+    """All that a pattern finds in the text of a table."""
     return {
-        _Part(m[1], m[2], " ".join(text[m.end() : text.index("}", m.end())].split()) if m[1] in _FIXED else "")
-        for m in _PART.finditer(text)
+        _Part(m[1], m[2], _words(text[m.end() : text.index("}", m.end())]) if m[1] in _FIXED else "")
+        for m in pattern.finditer(text)
     }
+
+
+def _words(text: str) -> str:
+    return " ".join(text.replace(";", " ").split())
 
 
 def _listing(session: NftSession, profile: str) -> Listing | None:

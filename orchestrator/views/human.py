@@ -32,8 +32,8 @@ class Paint:
         return f"\x1b[{code}m{word}\x1b[0m" if self.is_on and code else word
 
 
-def plan_text(plan: Plan, source: str, paint: Paint) -> str:
-    """The changes of a plan by scope, in the order of execution, and their counts in the last line."""
+def plan_text(plan: Plan, source: str, paint: Paint, texts: str = "") -> str:
+    """The changes of a plan by scope, in the order of execution; then `texts`, and the counts in the last line."""
     if not plan.changes:
         return f"No changes. netns {plan.netns} matches {source}.\n"
     lines = [f"profile {source}, netns {plan.netns}"]
@@ -42,7 +42,7 @@ def plan_text(plan: Plan, source: str, paint: Paint) -> str:
         if changes:
             lines.append(f"  {scope}")
             lines += _change_lines(changes, paint)
-    return "\n".join((*lines, f"Plan: {counts_text(plan)}.")) + "\n"
+    return "\n".join(lines) + f"\n{texts}Plan: {counts_text(plan)}.\n"
 
 
 def _change_lines(changes: list[Change], paint: Paint) -> Iterable[str]:
@@ -63,7 +63,7 @@ def counts_text(plan: Plan) -> str:
 
 
 def difference_text(difference: Difference, paint: Paint, *, is_full: bool) -> str:
-    text = plan_text(difference.plan, difference.source, paint)
+    text = ""
     changed = any(change.scope is Scope.RULES for change in difference.plan.changes)
     if difference.live_listing != difference.baseline_listing:
         text += unified(difference.baseline_listing, difference.live_listing, "as loaded", "now", paint)
@@ -71,7 +71,7 @@ def difference_text(difference: Difference, paint: Paint, *, is_full: bool) -> s
         text += unified(difference.loaded_documents, difference.wanted_documents, "loaded", "profile", paint)
     elif changed and difference.loaded_documents != difference.wanted_documents:
         text += "--full shows the text of the rules.\n"
-    return text
+    return plan_text(difference.plan, difference.source, paint, text)
 
 
 def unified(before: str, after: str, before_name: str, after_name: str, paint: Paint) -> str:

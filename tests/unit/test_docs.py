@@ -28,7 +28,7 @@ _LINK = re.compile(r"\[[^\]\n]+\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 # The beginning of a command line: at its start, or after a prompt; then words up to a redirection or another command.
 _COMMAND = re.compile(r"(?:[#$] )?(?:[A-Z_]+=\S+ )*(?:\S*/)?orch (.+)")
-_SHELL = {"|", ">", ">>", "<", "<<<", ";", "&&", "||", "2>"}
+_SHELL = re.compile(r"[|;&]+|[0-9]?[<>].*")
 
 
 def text_of(name: str) -> str:
@@ -52,7 +52,7 @@ def orch_commands(text: str) -> list[list[str]]:
 
 def _until_shell(words: list[str]) -> Iterator[str]:
     for word in words:
-        if word in _SHELL:
+        if _SHELL.fullmatch(word):
             return
         yield word.rstrip(";")
         if word.endswith(";"):

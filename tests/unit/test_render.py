@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -191,11 +190,9 @@ def test_iptables_rules_that_touch_anything_else_are_refused(old: str, new: str)
     assert list(problems_of_iptables(GOOD_IPTABLES.replace(old, new), "x", DIGEST))
 
 
-def test_ten_thousand_attachments_are_few_rules_and_quick() -> None:
+def test_ten_thousand_attachments_are_one_rule() -> None:
     (helper,) = profile.load("profile: edge\nhelpers: {tftp: {engine: kernel}}", "p.yaml").helpers
     one = helper.attachments[0]
     many = tuple(replace(one, saddr=(f"10.{i >> 8}.{i & 255}.0/24",), interface=f"lan{i % 50}") for i in range(10_000))
-    started = time.process_time()
     target = render.target(replace(DESIRED, helpers=(replace(helper, attachments=many),)))
     assert target.rules.documents[0].text.count("ct state new") == 1
-    assert time.process_time() - started < 3  # 0.25 s on an idle machine

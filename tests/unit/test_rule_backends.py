@@ -75,8 +75,8 @@ def unknown_helper(backend: Backend) -> Rules:
     return render.target(replace(desired, backend=backend, helpers=(helper, *desired.helpers[1:]))).rules
 
 
-def run(*argv: str) -> None:
-    subprocess.run(argv, check=True, capture_output=True, env={"PATH": SBIN})
+def run(*argv: str, given: str = "") -> None:
+    subprocess.run(argv, check=True, capture_output=True, env={"PATH": SBIN}, input=given.encode())
 
 
 @pytest.fixture
@@ -273,14 +273,15 @@ def router() -> Iterator[tuple[Netns, Netns]]:
         run("ip", "netns", "add", name)
     try:
         run("ip", "-n", names[0], "link", "add", "lan0", "type", "veth", "peer", "name", "lan0", "netns", names[1])
-        for number, name in enumerate(names, start=1):
-            run("ip", "-n", name, "address", "add", f"10.1.0.{number}/24", "dev", "lan0")
-            run("ip", "-n", name, "address", "add", f"fd00:1::{number}/64", "dev", "lan0", "nodad")
-            run("ip", "-n", name, "link", "set", "lan0", "address", f"02:00:00:00:00:0{number}", "up")
-        for number, name in ((2, names[0]), (1, names[1])):
-            for address in (f"10.1.0.{number}", f"fd00:1::{number}"):
-                neighbour = (address, "lladdr", f"02:00:00:00:00:0{number}", "dev", "lan0")
-                run("ip", "-n", name, "neighbour", "replace", *neighbour)
+        for name, here, there in ((names[0], 1, 2), (names[1], 2, 1)):
+            commands = f"""
+                address add 10.1.0.{here}/24 dev lan0
+                address add fd00:1::{here}/64 dev lan0 nodad
+                link set lan0 address 02:00:00:00:00:0{here} up
+                neighbour replace 10.1.0.{there} lladdr 02:00:00:00:00:0{there} dev lan0
+                neighbour replace fd00:1::{there} lladdr 02:00:00:00:00:0{there} dev lan0
+            """
+            run("ip", "-n", name, "-batch", "-", given=commands)
         yield netns.find(names[0]), netns.find(names[1])
     finally:
         for name in names:

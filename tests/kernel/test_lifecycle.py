@@ -1,0 +1,362 @@
+"""Apply, diff, death, drift and teardown on the running kernel, and that a host is as before when all is over."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lab import topology
+from lab.topology import CLIENT, CONTENT, PASSIVE, ROUTER, ROUTER_FILTER, inside, run
+from orchestrator import profile as profiles
+from orchestrator import render
+from orchestrator.app import PlanRefusedError
+from orchestrator.errors import HelperProcessError
+from orchestrator.model import HelperKey, L3Proto, L4Proto, QueueRow, Status
+from tests.hosts import FTP, Harness
+from tests.kernel.conftest import cli, snapshot
+
+OWN = HelperKey("ftp-us", L3Proto.IP, L4Proto.TCP)
+PROFILES = sorted(Path("profiles").glob("*.yaml"))
+HAS_OLD_DELETE = int(os.uname().release.split(".")[0]) < 7
+
+
+def conntrackd(orch: Harness) -> int:
+    return orch.system.processes.running()[0].pid
+
+
+def kill_and_wait(pid: int) -> None:
+    """SIGKILL, and wait until the kernel has let go of everything the process held."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        os.kill(pid, signal.SIGKILL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        import select
+
+        assert select.select([pidfd], [], [], 30)[0]
+    finally:
+        os.close(pidfd)
+
+
+def wait_for_status(orch: Harness, wanted: Status) -> None:
+    """The watcher acts in its own time; give it that."""
+    deadline = orch.system.clock.monotonic() + 10
+    while orch.system.clock.monotonic() < deadline:
+        if any(r.key == OWN and r.status is wanted for r in orch.system.registry.dump()):
+            return
+        orch.system.clock.sleep(0.01)
+    pytest.fail(f"{OWN} did not become {wanted}")
+
+
+@pytest.mark.parametrize("backend", ["nftables", "iptables"])
+@pytest.mark.parametrize("file", PROFILES, ids=lambda file: file.stem)
+def test_every_shipped_profile(orch: Harness, file: Path, backend: str) -> None:
+    """Applied, nothing differs; torn down, nothing is left."""
+    text = file.read_text() + f"\nbackend: {backend}\n"
+    before = snapshot()
+    orch.apply(text, ROUTER)
+    assert snapshot() != before
+    assert orch.diff(text, ROUTER).plan.is_empty
+    assert orch.status().profiles[0].drift == ()
+    report = orch.teardown(netns=ROUTER)
+    assert [one.leftovers for one in report.reports] == [()]
+    assert snapshot() == before
+    assert sorted(p.name for p in orch.state_dir.iterdir()) == ["ledger.sqlite", "lock"]
+
+
+def test_the_command_line(orch: Harness, tmp_path: Path) -> None:
+    """Exit codes and streams of the real program, on the real kernel."""
+    state = tmp_path / "state"
+    ftp = "profiles/ftp.yaml"
+    differs = cli("diff", ftp, "--netns", ROUTER, state=state)
+    assert (differs.returncode, differs.stderr) == (2, "")
+    assert "Plan: 4 to add, 0 to change, 0 to replace, 0 to remove." in differs.stdout
+    assert not state.exists()
+    applied = cli("apply", ftp, "--netns", ROUTER, state=state)
+    assert applied.returncode == 0
+    assert applied.stdout.endswith("Applied: 4 added, 0 changed, 0 replaced, 0 removed. Verified.\n")
+    handles = inside(ROUTER, "nft", "-a", "list", "ruleset").stdout
+    again = cli("apply", ftp, "--netns", ROUTER, state=state)
+    assert (again.returncode, again.stdout) == (0, f"No changes. netns {ROUTER} matches {ftp}.\n")
+    assert inside(ROUTER, "nft", "-a", "list", "ruleset").stdout == handles
+    status = cli("status", "--json", state=state)
+    assert status.returncode == 0
+    assert '"drift": []' in status.stdout
+    assert topology.ftp(*PASSIVE).stdout == CONTENT
+    refused = cli("teardown", "--netns", ROUTER, state=state)
+    assert refused.returncode in (0, 64)  # 64 as long as the connection above is remembered
+    gone = cli("teardown", "--netns", ROUTER, "-y", state=state)
+    assert gone.returncode == 0
+    assert cli("teardown", "--netns", ROUTER, state=state).stdout == "Nothing to remove.\n"
+
+
+def test_looking_loads_no_module(orch: Harness, tmp_path: Path) -> None:
+    for module in ("nfnetlink_cthelper", "nfnetlink_queue", "nf_conntrack_netlink"):
+        run("modprobe", "-r", module, check=False)
+    before = Path("/proc/modules").read_text().split("\n")
+    names = {line.split(" ")[0] for line in before}
+    assert "nfnetlink_cthelper" not in names
+    state = tmp_path / "state"
+    assert cli("check", "profiles/ftp.yaml", state=state).returncode == 0
+    assert cli("diff", "profiles/ftp.yaml", "--netns", ROUTER, state=state).returncode == 2
+    assert cli("status", state=state).returncode == 0
+    assert {line.split(" ")[0] for line in Path("/proc/modules").read_text().split("\n")} == names
+
+
+def test_death_of_the_listener_does_not_block_new_connections(orch: Harness) -> None:
+    topology.load_filter(ROUTER, ROUTER_FILTER)
+    orch.apply(FTP, ROUTER)
+    kill_and_wait(conntrackd(orch))
+    wait_for_status(orch, Status.DISABLED)
+    # The control connection works (curl logs in, and waits for data that nobody expects).
+    done = topology.ftp("--verbose", *PASSIVE, within_s=4)
+    assert "227 Entering Passive Mode" in done.stderr
+    status = orch.status().profiles[0]
+    assert status.drift == ("ftp-us/ip/tcp: status disabled -> enabled", "conntrackd: queue 36160")
+    assert "was killed by SIGKILL" in status.helpers[0].last_words
+    orch.apply(FTP, ROUTER)
+    assert topology.ftp(*PASSIVE).stdout == CONTENT
+
+
+def test_without_a_watcher_the_same_death_blocks(orch: Harness) -> None:
+    """What the watcher is for: an enabled helper without a listener lets nobody log in any more."""
+    topology.load_filter(ROUTER, ROUTER_FILTER)
+    orch.apply(FTP, ROUTER)
+    run("pkill", "-KILL", "-f", "orchestrator/supervise/runner.py")
+    assert orch.status().profiles[0].drift == ("conntrackd: watch again (its watcher is gone)",)
+    kill_and_wait(conntrackd(orch))
+    assert "Connected" not in topology.ftp("--verbose", *PASSIVE, within_s=4).stderr
+    orch.apply(FTP, ROUTER)
+    assert topology.ftp(*PASSIVE).stdout == CONTENT
+
+
+def test_a_new_watcher_adopts_the_process(orch: Harness) -> None:
+    orch.apply(FTP, ROUTER)
+    pid = conntrackd(orch)
+    run("pkill", "-KILL", "-f", "orchestrator/supervise/runner.py")
+    orch.apply(FTP, ROUTER)
+    assert conntrackd(orch) == pid
+    kill_and_wait(pid)
+    wait_for_status(orch, Status.DISABLED)
+
+
+def test_a_listener_that_never_binds_is_undone(orch: Harness, tmp_path: Path) -> None:
+    templates = tmp_path / "templates"
+    templates.mkdir()
+    text = Path("templates/supervise.yaml.j2").read_text()
+    (templates / "supervise.yaml.j2").write_text(
+        "processes:\n  - name: conntrackd\n    argv: [sleep, '60']\n    files: [conntrackd.conf]\n"
+        "    queues: [36160]\n    keys: [ftp/ip/tcp, ftp-us/ip/tcp]\n    ready_within_s: 1\n"
+    )
+    assert "processes" in text
+    desired = profiles.load(FTP, "ftp.yaml")
+    target = render.target(desired, template_dir=templates)
+    before = snapshot()
+    with pytest.raises(HelperProcessError, match="does not listen on queue 36160"):
+        orch.app(ROUTER).apply(desired, target, ask=False)
+    assert snapshot() == before
+
+
+def test_a_program_that_ends_at_once_says_why(orch: Harness, tmp_path: Path) -> None:
+    templates = tmp_path / "templates"
+    templates.mkdir()
+    (templates / "conntrackd.conf.j2").write_text("Nonsense\n")
+    desired = profiles.load(FTP, "ftp.yaml")
+    target = render.target(desired, template_dir=templates)
+    before = snapshot()
+    with pytest.raises(HelperProcessError, match="ended at once") as caught:
+        orch.app(ROUTER).apply(desired, target, ask=False)
+    assert "syntax error" in caught.value.hint
+    assert snapshot() == before
+
+
+# -- failures that are silent elsewhere ------------------------------------------------------------------------------
+
+
+def test_a_helper_taken_by_a_kernel_module_is_refused(orch: Harness) -> None:
+    run("modprobe", "nf_conntrack_ftp")
+    before = snapshot()
+    with pytest.raises(PlanRefusedError, match="the in-kernel helper of that name is loaded") as caught:
+        orch.apply(FTP, ROUTER)
+    assert "engine: kernel" in caught.value.hint
+    assert snapshot() == before
+
+
+def test_the_kernel_engine_is_refused_while_a_user_space_helper_has_the_name(orch: Harness) -> None:
+    orch.apply(FTP, ROUTER)
+    with pytest.raises(PlanRefusedError, match="cannot use the in-kernel helper ftp/ip/tcp"):
+        orch.apply("profile: k\nhelpers: {ftp: {engine: kernel}}\n", CLIENT)
+
+
+def test_a_second_namespace_cannot_take_the_queue_away(orch: Harness) -> None:
+    topology.load_filter(ROUTER, ROUTER_FILTER)
+    orch.apply(FTP, ROUTER)
+    with pytest.raises(PlanRefusedError, match=r"shared with profile ftp in netns orch-router.*queue 36160 -> 9"):
+        orch.apply("profile: other\nhelpers: {ftp: {queue: 9}}\n", CLIENT)
+    assert topology.ftp(*PASSIVE).stdout == CONTENT
+
+
+def test_two_namespaces_share_and_part(orch: Harness) -> None:
+    topology.load_filter(ROUTER, ROUTER_FILTER)
+    orch.apply(FTP, ROUTER)
+    orch.apply(FTP, CLIENT)
+    assert topology.ftp(*PASSIVE).stdout == CONTENT
+    report = orch.teardown(netns=CLIENT)
+    assert [str(o) for o in report.others] == [f"profile ftp in netns {ROUTER}"]
+    assert topology.ftp(*PASSIVE).stdout == CONTENT
+    assert orch.status().profiles[0].drift == ()
+
+
+def test_no_family_is_silently_uncovered(orch: Harness) -> None:
+    """An inet object without a family takes what is registered, IPv4 alone if need be; ours name theirs, or fail."""
+    text = "profile: t\nhelpers: {tftp: {engine: conntrackd}}\n"
+    orch.apply(text, ROUTER)
+    listing = inside(ROUTER, "nft", "list", "ruleset").stdout
+    assert listing.count("l3proto ip\n") == 1
+    assert listing.count("l3proto ip6\n") == 1
+    ip6 = HelperKey("tftp-us", L3Proto.IP6, L4Proto.UDP)
+    if HAS_OLD_DELETE:
+        inside(ROUTER, "nft", "flush", "ruleset")
+    orch.system.registry.delete(ip6)
+    assert any("tftp-us/ip6/udp" in line for line in orch.status().profiles[0].drift)
+    orch.apply(text, ROUTER)
+    assert orch.status().profiles[0].drift == ()
+
+
+def test_a_registration_deleted_under_live_rules_is_healed(orch: Harness) -> None:
+    """On 7.3 the kernel lets that happen, and the rules go on attaching the dead helper, even to a new one's name."""
+    topology.load_filter(ROUTER, ROUTER_FILTER)
+    orch.apply(FTP, ROUTER)
+    if HAS_OLD_DELETE:
+        inside(ROUTER, "nft", "delete", "table", "inet", "orch-ftp")
+    orch.system.registry.delete(OWN)
+    orch.apply(FTP, ROUTER)
+    assert topology.ftp(*PASSIVE).stdout == CONTENT
+
+
+def test_a_replaced_registration_serves_again(orch: Harness) -> None:
+    topology.load_filter(ROUTER, ROUTER_FILTER)
+    orch.apply(FTP, ROUTER)
+    live = next(r for r in orch.system.registry.dump() if r.key == OWN)
+    orch.teardown(netns=ROUTER)
+    orch.system.registry.create(replace(live, priv_data_len=32))
+    with pytest.raises(PlanRefusedError, match="priv_data_len 32 -> 24"):
+        orch.apply(FTP, ROUTER)
+    orch.system.registry.delete(OWN)
+    orch.apply(FTP, ROUTER)
+    assert topology.ftp(*PASSIVE).stdout == CONTENT
+
+
+def test_a_disabled_registration_is_drift(orch: Harness) -> None:
+    orch.apply(FTP, ROUTER)
+    live = next(r for r in orch.system.registry.dump() if r.key == OWN)
+    orch.system.registry.update(replace(live, status=Status.DISABLED))
+    assert orch.status().profiles[0].drift == ("ftp-us/ip/tcp: status disabled -> enabled",)
+    orch.apply(FTP, ROUTER)
+    assert orch.status().profiles[0].drift == ()
+
+
+def test_a_queue_that_somebody_holds_is_refused(orch: Harness) -> None:
+    """conntrackd itself would start all the same, and never see a packet."""
+    holder = subprocess.Popen(
+        ["ip", "netns", "exec", ROUTER, ".venv/bin/python", "-c", HOLD_QUEUE], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(PlanRefusedError, match="queue 36160 is held by python"):
+            orch.apply(FTP, ROUTER)
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+# NFQNL_MSG_CONFIG on queue 36160: bind, then copy mode packet (nfnetlink_queue.h).
+HOLD_QUEUE = """
+import socket, struct, sys
+s = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12)
+s.bind((0, 0))
+body = struct.pack(">BBH", 0, 0, 36160) + struct.pack("=HH", 8, 1) + struct.pack(">BBH", 1, 0, 0)
+body += struct.pack("=HH", 9, 2) + struct.pack(">IB3x", 65535, 2)
+s.send(struct.pack("=IHHII", 16 + len(body), 3 << 8 | 2, 5, 1, 0) + body)
+error = struct.unpack_from("=i", s.recv(4096), 16)[0]
+print("held" if error == 0 else f"errno {-error}", flush=True)
+sys.stdin.read() if error else s.recv(4096)
+"""
+
+
+# -- drift and a lost ledger -------------------------------------------------------------------------------------------
+
+
+def test_flushed_rules_are_seen_and_mended(orch: Harness) -> None:
+    orch.apply(FTP, ROUTER)
+    inside(ROUTER, "nft", "flush", "ruleset")
+    assert orch.status().profiles[0].drift == ("inet orch-ftp: 2 rules",)
+    orch.steps.clear()
+    orch.apply(FTP, ROUTER)
+    assert orch.steps == ["load rules inet orch-ftp"]
+
+
+def test_an_edited_rule_is_seen_shown_and_mended(orch: Harness) -> None:
+    orch.apply(FTP, ROUTER)
+    inside(ROUTER, "nft", "insert rule inet orch-ftp prerouting-mangle150 tcp dport 21 accept")
+    assert orch.status().profiles[0].drift == ("inet orch-ftp: somebody changed them",)
+    difference = orch.diff(FTP, ROUTER)
+    assert "tcp dport 21 accept" in difference.live_listing
+    assert "tcp dport 21 accept" not in difference.baseline_listing
+    orch.apply(FTP, ROUTER)
+    assert orch.diff(FTP, ROUTER).plan.is_empty
+
+
+@pytest.mark.parametrize("backend", ["nftables", "iptables-nft", "iptables-legacy"])
+def test_a_lost_ledger_is_made_again(orch: Harness, backend: str) -> None:
+    text = f"{FTP}backend: {backend}\n"
+    before = snapshot()
+    orch.apply(text, ROUTER)
+    shutil.rmtree(orch.state_dir)
+    pid = conntrackd(orch)
+    report = orch.apply(text, ROUTER)
+    assert report.plan.is_empty
+    assert conntrackd(orch) == pid
+    shutil.rmtree(orch.state_dir)
+    orch.teardown_file(text, ROUTER)
+    assert snapshot() == before
+
+
+def test_a_profile_file_that_is_gone_can_be_torn_down_by_name(orch: Harness) -> None:
+    before = snapshot()
+    orch.apply(FTP, ROUTER)
+    orch.teardown("ftp", ROUTER)
+    assert snapshot() == before
+
+
+def test_a_changed_profile_is_updated_in_place(orch: Harness) -> None:
+    """The process stays when a policy changes; the table stays when the rules do."""
+    orch.apply(FTP, ROUTER)
+    pid = conntrackd(orch)
+    text = (
+        "profile: ftp\nhelpers: {ftp: {policies: {ftp: {expect_max: 4, expect_timeout: 1m}}, "
+        "attach: [{ports: [21, 2121]}]}}\n"
+    )
+    orch.steps.clear()
+    orch.apply(text, ROUTER)
+    assert orch.steps == ["update helper ftp-us/ip/tcp", "load rules inet orch-ftp"]
+    assert conntrackd(orch) == pid
+    assert orch.diff(text, ROUTER).plan.is_empty
+
+
+def test_status_counts_what_there_is(orch: Harness) -> None:
+    topology.load_filter(ROUTER, ROUTER_FILTER)
+    orch.apply(FTP, ROUTER)
+    assert topology.ftp(*PASSIVE).stdout == CONTENT
+    helper = orch.status().profiles[0].helpers[0]
+    assert (helper.engine, helper.queueing, helper.pid) == ("conntrackd", "registration", conntrackd(orch))
+    rows = {row.queue_num: row for row in orch.system.host.queues(orch.system.host.find_netns(ROUTER))}
+    assert isinstance(rows[36160], QueueRow)
+    assert rows[36160].seen > 0
+    assert orch.system.host.connections(orch.system.host.find_netns(ROUTER)).get("ftp-us", 0) >= 1

@@ -1,0 +1,95 @@
+"""Laws of apply and teardown, on the fake kernel, for profiles and faults that hypothesis chooses."""
+
+from __future__ import annotations
+
+import errno
+import tempfile
+from pathlib import Path
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator.errors import OrchError
+from orchestrator.fake import FakeKernel
+from orchestrator.model import L4Proto
+from tests.hosts import Harness
+
+HELPERS = {
+    "ftp": ["{}", "{queue: 77}", "{policies: {ftp: {expect_max: 9}}}", "{engine: kernel}", "{name: own}"],
+    "tftp": ["{engine: conntrackd}", "{engine: conntrackd, attach: [{ports: [69, 1069], iif: lan0}]}"],
+    "sane": ["{engine: conntrackd}", "{engine: kernel}"],
+    "ssdp": ["{}", "{policies: {ssdp: {expect_max: 2, expect_timeout: 1m}}}"],
+}
+MODULES = {
+    "nf_conntrack_ftp": (("ftp", L4Proto.TCP),),
+    "nf_nat_ftp": (),
+    "nf_conntrack_sane": (("sane", L4Proto.TCP),),
+}
+
+
+@st.composite
+def profiles(draw: st.DrawFn) -> str:
+    names = draw(st.lists(st.sampled_from(sorted(HELPERS)), min_size=1, unique=True))
+    helpers = "".join(f"  {name}: {draw(st.sampled_from(HELPERS[name]))}\n" for name in names)
+    backend = draw(st.sampled_from(["nftables", "iptables-nft"]))
+    return f"profile: p\nbackend: {backend}\nhelpers:\n{helpers}"
+
+
+def host(directory: str, *, is_new: bool) -> tuple[Harness, FakeKernel]:
+    kernel = FakeKernel(modules_available=MODULES, delete_ignores_references=is_new)
+    return Harness(kernel.system(), Path(directory) / "state"), kernel
+
+
+def without_modules(kernel: FakeKernel) -> str:
+    """The dump but for loaded modules, which stay by design."""
+    return "\n".join(line for line in kernel.dump_text().splitlines() if not line.startswith("module "))
+
+
+def try_apply(orch: Harness, text: str) -> bool:
+    """False where it was refused or failed: a kernel module and a user-space helper cannot both have a name."""
+    try:
+        orch.apply(text)
+    except OrchError:
+        return False
+    return True
+
+
+@given(st.lists(profiles(), min_size=1, max_size=4), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_apply_reaches_the_profile_and_teardown_leaves_nothing(texts: list[str], is_new: bool) -> None:  # noqa: FBT001
+    with tempfile.TemporaryDirectory() as directory:
+        orch, kernel = host(directory, is_new=is_new)
+        empty = without_modules(kernel)
+        for text in texts:
+            before = kernel.dump_text()
+            if not try_apply(orch, text):
+                assert kernel.dump_text() == before
+                continue
+            calls = len(kernel.calls)
+            assert orch.diff(text).plan.is_empty
+            assert orch.apply(text).plan.is_empty
+            assert orch.status().profiles[0].drift == ()
+            assert len(kernel.calls) == calls
+        orch.teardown()
+        assert without_modules(kernel) == empty
+
+
+@given(profiles(), profiles(), st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_a_fault_at_any_step_leaves_the_old_state(first: str, second: str, is_new: bool) -> None:  # noqa: FBT001
+    """Every modifying call of the second apply fails in turn; then the host is as before, and the next apply works."""
+    with tempfile.TemporaryDirectory() as directory:
+        orch, kernel = host(directory, is_new=is_new)
+        if not try_apply(orch, first):
+            return
+        before = without_modules(kernel)
+        for call in range(100):
+            calls = len(kernel.calls)
+            kernel.fail_at(call, errno.EIO)
+            if try_apply(orch, second) or len(kernel.calls) == calls:
+                break
+            kernel._fail.clear()
+            assert without_modules(kernel) == before, f"call {call}"
+            assert orch.diff(first).plan.is_empty or "module" in kernel.dump_text()
+        kernel._fail.clear()
+        orch.teardown()

@@ -1,0 +1,77 @@
+"""Imports point one way: cli -> app -> pure code -> model; adapters know the ports; only app wires them."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "orchestrator"
+
+# What each layer may import from the project, besides itself; the lists are short on purpose.
+BASE = {"orchestrator", "errors", "model"}
+PURE = BASE | {"ports", "state", "catalogue", "overlap", "launches", "serial"}
+PROFILE = BASE | {"catalogue", "document", "overlap", "profile_schema", "resolve", "attach", "queues", "yamltext"}
+PLAN = PURE | {"plan_registrations", "plan_processes", "plan_rules"}
+LAYERS: dict[str, set[str]] = {
+    "__main__": {"cli"},
+    "errors": set(),
+    "model": set(),
+    "ports": BASE,
+    "state": BASE | {"ports"},
+    "serial": set(),
+    "catalogue": BASE,
+    "launches": BASE | {"ports"},
+    "overlap": BASE,
+    **dict.fromkeys(("attach", "document", "profile", "profile_schema", "queues", "resolve", "yamltext"), PROFILE),
+    **dict.fromkeys(("render", "ruleset"), BASE | {"document", "ruleset", "yamltext"}),
+    **dict.fromkeys(("plan", "plan_registrations", "plan_processes", "plan_rules"), PLAN),
+    "journal": PURE,
+    "execute": PURE | {"journal"},
+    "observe": PURE | {"journal"},
+    "status": PURE,
+    "fake": BASE | {"ports"},
+    "kernel": BASE | {"ports", "kernel"},
+    "supervise": BASE | {"ports", "supervise"},
+    "app": PURE | {"execute", "journal", "observe", "plan", "status", "kernel", "supervise"},
+    "views": PURE | {"app", "execute", "status", "views"},
+    "cli": PURE | {"app", "execute", "kernel", "profile", "render", "views"},
+}
+
+
+def imports(file: Path) -> set[str]:
+    """Top-level parts of the project that a file imports, in functions and under TYPE_CHECKING too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "orchestrator":
+            part = node.module.split(".")[1:2]
+            found |= set(part) if part else {alias.name for alias in node.names}
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("orchestrator.")}
+    return found - {"__version__"}
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_imports_point_one_way(file: Path) -> None:
+    if file == PACKAGE / "__init__.py":
+        assert not imports(file)
+        return
+    layer = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    assert imports(file) - {layer} <= LAYERS[layer]
+
+
+def test_every_layer_exists() -> None:
+    there = {
+        p.stem for p in PACKAGE.iterdir() if p.stem not in ("__init__", "__pycache__", "data") and p.suffix != ".typed"
+    }
+    assert there == set(LAYERS)
+
+
+def test_what_runs_beside_a_process_imports_the_standard_library_alone() -> None:
+    tree = ast.parse((PACKAGE / "supervise" / "runner.py").read_text())
+    names = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    names |= {str(n.module).split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    import sys
+
+    assert names <= set(sys.stdlib_module_names)

@@ -1,0 +1,45 @@
+"""The wheel carries everything: built, unpacked elsewhere, and used from outside the source tree."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_the_wheel_works_outside_the_tree(tmp_path: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(REPOSITORY)], check=True)
+    wheel = next(tmp_path.glob("orch-*.whl"))
+    target = tmp_path / "installed"
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(target), str(wheel)], check=True)
+
+    def orch(*argv: str) -> str:
+        return subprocess.run(
+            [sys.executable, "-m", "orchestrator", *argv],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(target)},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+
+    profile = target / "orchestrator/data/profiles/ftp.yaml"
+    assert orch("check", str(profile)) == f"{profile}: ok\n"
+    assert "table inet orch-ftp" in orch("render", str(profile), "--document", "ruleset.nft")
+    assert "dhcpv6" in orch("helpers")
+    where = subprocess.run(
+        [sys.executable, "-c", "import orchestrator; print(orchestrator.__file__)"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(target)},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert where.startswith(str(target))
