@@ -67,12 +67,16 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """How an apply or a teardown ended. `leftovers` is what a teardown could not take away."""
+    """How an apply or a teardown ended. `leftovers` is what a teardown could not take away.
+
+    `is_forgotten` tells that the ledger alone still knew the profile.
+    """
 
     plan: Plan
     declined: bool = False
     leftovers: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    is_forgotten: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +289,22 @@ class App:
         }
         return tuple(owner for at, owner in found.items() if at not in recorded)
 
+    def _reachable(self, owner: Owner) -> Owner:
+        """A namespace whose name was deleted lives on while a process of ours runs in it: go in through that one."""
+        if self._is_there(owner.netns):
+            return owner
+        inside = [p.pid for p in self.system.processes.running() if p.netns == owner.netns.identity]
+        path = f"/proc/{inside[0]}/ns/net" if inside else owner.netns.path
+        return replace(owner, netns=replace(owner.netns, path=path))
+
+    def _is_there(self, netns: Netns) -> bool:
+        try:
+            return self.system.host.find_netns(netns.path).identity == netns.identity
+        except OrchError:
+            return False
+
     def _teardown_one(self, ledger: Ledger, owner: Owner, target: Target | None) -> Report:
+        owner = self._reachable(owner)
         observed = Observer(self.system, ledger).observe(owner, None, count_connections=True)
         plan = plan_teardown(
             observed, owner, _mine(observed, target if target and target.profile == owner.profile else None)
@@ -308,7 +327,8 @@ class App:
         ledger.settle_removed(tx, owner, kept=tuple(sorted(live & set(observed.recorded))))
         if not leftovers:
             self.system.processes.cleanup(owner.profile, owner.netns)
-        return Report(plan, leftovers=leftovers, notes=plan.kept)
+        is_forgotten = plan.is_empty and observed.applied is not None
+        return Report(plan, leftovers=leftovers, notes=plan.kept, is_forgotten=is_forgotten)
 
     def _drop_warnings(self, plan: Plan, owner: Owner) -> tuple[str, ...]:
         """Before 7.3, unregistering a helper makes the kernel drop every packet that waits in any queue of the host."""
@@ -349,8 +369,8 @@ class App:
     def _profile_status(self, ledger: Ledger, applied: Applied) -> ProfileStatus:
         owner = applied.owner
         try:
-            if self.system.host.find_netns(owner.netns.path).identity != owner.netns.identity:
-                raise OrchError("another namespace has its name now")
+            if not self._is_there(owner.netns):
+                raise OrchError("it is gone; orch teardown --all takes away what is left of it")
             observed, plan = self._plan(ledger, owner, applied.target)
         except OrchError as error:
             return lost_profile(applied, str(error))
@@ -426,6 +446,8 @@ def _text(documents: tuple[Document, ...]) -> str:
 
 
 def _what_is_cut(plan: Plan) -> str:
+    if plan.cut == 1:
+        return "1 live connection loses its helper."
     return f"{plan.cut} live connections lose their helper." if plan.cut else ""
 
 

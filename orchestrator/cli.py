@@ -410,7 +410,8 @@ def status(
     seen = _app(session, netns=netns, state_dir=state_dir).status(profile)
     is_right = not (seen.unknown or seen.unsettled or any(p.drift for p in seen.profiles))
     code = ExitCode.OK if is_right else ExitCode.DIFFERS
-    return session.result(code, human.status_text(seen, session.paint(sys.stdout)), status=machine.status_value(seen))
+    text = human.status_text(seen, session.paint(sys.stdout), profile)
+    return session.result(code, text, status=machine.status_value(seen))
 
 
 @cli.command(epilog="orch helpers --json")

@@ -153,6 +153,8 @@ _ERRNO_TABLE: dict[tuple[str, int], tuple[str, str]] = {
     ),
     ("list connections", errno_module.EPERM): ("CAP_NET_ADMIN in the network namespace is needed", "run as root"),
     ("list expectations", errno_module.EPERM): ("CAP_NET_ADMIN in the network namespace is needed", "run as root"),
+    ("list tables", errno_module.EPERM): ("CAP_NET_ADMIN in the network namespace is needed", "run as root"),
+    ("list rules", errno_module.EPERM): ("CAP_NET_ADMIN in the network namespace is needed", "run as root"),
     ("load rules", errno_module.EPERM): ("CAP_NET_ADMIN in the network namespace is needed", "run as root"),
 }
 

@@ -51,7 +51,8 @@ class FakeKernel:
     """A host. `delete_ignores_references` is how 7.3 deletes; before it a referenced helper answers EBUSY.
 
     `fail_at(n, errno)` makes the n-th modifying call (from 0) fail; `calls` is the log of them.
-    `programs` are those installed; `deaf_programs` start but never bind a queue; `dying_programs` end at once.
+    `gone` are namespaces whose name was deleted. `programs` are those installed; `deaf_programs` start but never bind
+    a queue; `dying_programs` end at once.
     """
 
     delete_ignores_references: bool = False
@@ -59,6 +60,7 @@ class FakeKernel:
     has_cthelper: bool = True
     registrations: dict[HelperKey, Registration] = field(default_factory=dict)
     namespaces: dict[str, FakeNetns] = field(default_factory=dict)
+    gone: list[FakeNetns] = field(default_factory=list)
     modules_loaded: set[str] = field(default_factory=set)
     modules_available: dict[str, tuple[tuple[str, L4Proto], ...]] = field(default_factory=dict)
     programs: set[str] = field(default_factory=lambda: {"conntrackd"})
@@ -84,13 +86,14 @@ class FakeKernel:
         return netns
 
     def at(self, netns: Netns) -> FakeNetns:
-        return next(n for n in self.namespaces.values() if n.netns.identity == netns.identity)
+        return next(n for n in self._spaces() if n.netns.identity == netns.identity)
 
     def kill(self, pid: int, *, watched: bool = True) -> None:
         """The process dies: its queues go, and its watcher, if there is one, disables its registrations."""
-        seen, launch = self.running_processes.pop(pid)
+        seen, launch = self.running_processes[pid]
         for queue in launch.spec.queues:
             self.at(launch.netns).queues.pop(queue, None)
+        del self.running_processes[pid]
         if watched and seen.watched:
             for key in launch.spec.keys:
                 if key in self.registrations:
@@ -117,6 +120,11 @@ class FakeKernel:
 
     # -- shared by the adapters ---------------------------------------------------------------------------------------
 
+    def _spaces(self) -> tuple[FakeNetns, ...]:
+        """Every namespace that exists: those with a name, and those in which a process still runs."""
+        inhabited = {seen.netns for seen, _ in self.running_processes.values()}
+        return (*self.namespaces.values(), *(n for n in self.gone if n.netns.identity in inhabited))
+
     def modify(self, operation: str, key: str) -> None:
         """Count a modifying call, and fail it if a test wants that."""
         number = self._fail.pop(len(self.calls), 0)
@@ -132,9 +140,9 @@ class FakeKernel:
         )
 
     def is_referenced(self, key: HelperKey) -> bool:
-        return any(
-            key in references(rules) for space in self.namespaces.values() for rules in space.rules.values()
-        ) or any(key.name in space.foreign_references for space in self.namespaces.values())
+        return any(key in references(rules) for space in self._spaces() for rules in space.rules.values()) or any(
+            key.name in space.foreign_references for space in self._spaces()
+        )
 
 
 def references(rules: Rules) -> frozenset[HelperKey]:
@@ -249,10 +257,15 @@ class FakeHost:
         return frozenset(names) & self.kernel.modules_loaded
 
     def available_modules(self, names: tuple[str, ...]) -> frozenset[str]:
-        return frozenset(names) & (self.kernel.modules_loaded | set(self.kernel.modules_available))
+        there = self.kernel.modules_loaded | set(self.kernel.modules_available)
+        return frozenset(names) & (there | ({"nfnetlink_cthelper"} if self.kernel.has_cthelper else set()))
 
     def find_netns(self, name: str) -> Netns:
         known = {n.netns.path: n.netns for n in self.kernel.namespaces.values()}
+        known |= {
+            f"/proc/{pid}/ns/net": self.kernel.at(launch.netns).netns
+            for pid, (_, launch) in self.kernel.running_processes.items()
+        }
         known |= {label: n.netns for label, n in self.kernel.namespaces.items()}
         if name not in known:
             raise PreflightError(f"there is no network namespace {name!r}", hint="ip netns list")

@@ -15,6 +15,7 @@ from orchestrator.state import Applied, Observed, Owner, rules_name
 
 T = TypeVar("T")
 
+_SUBSYSTEM = "nfnetlink_cthelper"
 CONCRETE_BACKENDS = (Backend.NFTABLES, Backend.IPTABLES_LEGACY, Backend.IPTABLES_NFT)
 
 
@@ -63,6 +64,7 @@ class Observer:
                 for spec in (target.processes if target else ())
                 if self.system.host.program(spec.argv[0]) is None
             ),
+            has_cthelper=bool(self.system.host.available_modules((_SUBSYSTEM,))),
             connections=self.system.host.connections(netns) if count_connections and is_there else {},
         )
 

@@ -70,7 +70,8 @@ def plan_apply(target: Target, launches: tuple[Launch, ...], observed: Observed,
     )
     modules = tuple(m for m in target.modules if m not in observed.modules)
     steps = _apply_steps(target, observed, registrations, processes, modules, rules_reason)
-    cut = connections_cut(observed, [before.key for before, _ in registrations.replace])
+    losing = (*(before for before, _ in registrations.replace), *registrations.leaving.retire)
+    cut = connections_cut(observed, [r.key for r in losing])
     return Plan(
         profile=owner.profile,
         netns=observed.netns,

@@ -71,7 +71,7 @@ def _refuse_start(launch: Launch, observed: Observed, *, held: set[int]) -> list
     refusals = [
         Refusal(
             f"queue {row.queue_num} is held by {observed.queue_holders.get(row.queue_num, f'port id {row.port_id}')}",
-            hint="stop that program, or give the helper another queue (queue:)",
+            hint="stop that, or give the helper another queue (queue:)",
             where=f"netns {observed.netns}",
         )
         for row in observed.queues

@@ -96,6 +96,13 @@ def leaving_of(candidates: list[Registration], observed: Observed) -> Leaving:
 
 
 def _refuse_create(wanted: Registration, observed: Observed) -> list[Refusal]:
+    if not observed.has_cthelper:
+        return [
+            Refusal(
+                f"cannot register helper {wanted.key}: this kernel lacks nfnetlink_cthelper",
+                hint="boot a kernel that has it (Debian's do), or use engine: kernel",
+            )
+        ]
     if (wanted.key.name, wanted.key.l4proto) not in observed.kernel_helpers:
         return []
     return [
@@ -121,7 +128,7 @@ def _refuse_existing(wanted: Registration, seen: Registration, observed: Observe
     if recorded is None and not same:
         return Refusal(
             f"helper {wanted.key} is registered already, not by orch, and differs: {differences(seen, wanted)}",
-            hint="whoever registered it must remove it (nfct helper delete), or give the helper another name",
+            hint="whoever registered it must remove it, or give the helper another name (name:)",
             where="the helper registry is host-wide",
         )
     if recorded is not None and others and not is_stock and replace(recorded, status=wanted.status) != wanted:
@@ -181,6 +188,8 @@ def registration_changes(registrations: RegistrationPlan, observed: Observed) ->
 
 def _effect(observed: Observed, key: HelperKey) -> str:
     count = observed.connections.get(key.name, 0)
+    if count == 1:
+        return "1 live connection loses this helper"
     return f"{count} live connections lose this helper" if count else ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from orchestrator.model import HelperKey, Listing, Rules, Target
@@ -64,8 +65,8 @@ def _line_counts(rules: Rules, observed: Observed, listing: Listing | None) -> s
     ):
         return ""
     before = rule_lines(observed.applied.target.rules)
-    added, removed = len(set(after) - set(before)), len(set(before) - set(after))
-    return f"+{added} -{removed} rules"
+    added, removed = Counter(after) - Counter(before), Counter(before) - Counter(after)
+    return f"+{added.total()} -{removed.total()} rules"
 
 
 def rule_lines(rules: Rules) -> list[str]:
@@ -101,7 +102,7 @@ def refuse_modules(target: Target, observed: Observed) -> list[Refusal]:
     refusals += [
         Refusal(
             f"cannot use the in-kernel helper {key}: a user-space helper of that name is registered",
-            hint="tear the profile down that registered it, or unregister it (nfct helper delete)",
+            hint="tear the profile down that registered it (orch status), or use engine: conntrackd here too",
             where="the helper registry is host-wide",
         )
         for key in in_kernel

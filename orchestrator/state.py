@@ -89,6 +89,7 @@ class Observed:
     kernel_helpers: frozenset[tuple[str, L4Proto]]
     foreign_references: frozenset[str]
     missing_programs: frozenset[str]
+    has_cthelper: bool
     connections: Mapping[str, int] = field(default_factory=dict)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from orchestrator.model import Backend, HelperKey, Registration
 from orchestrator.ports import System
-from orchestrator.state import Applied, HelperSummary, Observed, Owner, Plan
+from orchestrator.state import Action, Applied, HelperSummary, Observed, Owner, Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +107,6 @@ def _queues(registrations: list[Registration], observed: Observed) -> tuple[Queu
     )
 
 
-def _drift_text(detail: str, reason: str, action: str) -> str:
-    text = f"{detail} ({reason})" if detail and reason else detail or reason
-    return text or {"create": "missing", "delete": "should not be there"}.get(action, action)
+def _drift_text(detail: str, reason: str, action: Action) -> str:
+    state = {Action.CREATE: "missing", Action.DELETE: "should not be there"}.get(action, "")
+    return ": ".join(part for part in (state, reason or detail) if part)

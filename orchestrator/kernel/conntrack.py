@@ -21,6 +21,8 @@ _EXPECTATION_FILE = Path("/proc/thread-self/net/nf_conntrack_expect")  # of this
 _GET = 1
 _CONNECTIONS = dump_request(subsystem=1, command=_GET)
 _EXPECTATIONS = dump_request(subsystem=2, command=_GET)
+_CTA_PROTOINFO, _CTA_PROTOINFO_TCP, _CTA_PROTOINFO_TCP_STATE = 4, 1, 1
+_TCP_LAST_ACK = 6  # with TIME_WAIT and CLOSE behind it: no data comes any more
 _CTA_HELP = 5
 _CTA_HELP_NAME = 1
 _CTA_EXPECT_HELP_NAME = 6
@@ -46,10 +48,20 @@ def expectations(netns: Netns) -> dict[str, int]:
 
 
 def connection_helper(message: bytes) -> str:
-    """Helper of one connection in a dump, empty if it has none; raises DecodeError."""
+    """Helper of one live connection in a dump, empty if it has none or is over; raises DecodeError."""
+    if _tcp_state(message) >= _TCP_LAST_ACK:
+        return ""
     nest = _attribute(message, _CTA_HELP, HEADER_BYTES, len(message))
     name = _attribute(message, _CTA_HELP_NAME, *nest) if nest else None
     return _text(message, name)
+
+
+def _tcp_state(message: bytes) -> int:
+    """State of a TCP connection, 0 for other protocols; source: nf_conntrack_tcp.h, enum tcp_conntrack."""
+    span: tuple[int, int] | None = (HEADER_BYTES, len(message))
+    for kind in (_CTA_PROTOINFO, _CTA_PROTOINFO_TCP, _CTA_PROTOINFO_TCP_STATE):
+        span = _attribute(message, kind, *span) if span else None
+    return message[span[0]] if span and span[0] < span[1] else 0
 
 
 def expectation_helper(message: bytes) -> str:

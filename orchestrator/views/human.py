@@ -107,16 +107,18 @@ def teardown_text(report: TeardownReport, *, every_netns: bool) -> str:
         lines += list(one.plan.kept)
         if not one.plan.is_empty:
             lines.append(f"Removed profile {one.plan.profile} from netns {one.plan.netns}.")
-    if all(one.plan.is_empty for one in report.reports):
+        elif one.is_forgotten:
+            lines.append(f"Nothing was left of profile {one.plan.profile} in netns {one.plan.netns}; forgotten.")
+    if all(one.plan.is_empty and not one.is_forgotten for one in report.reports):
         lines.append("Nothing to remove.")
     if report.others and not every_netns:
         lines.append("Still applied: " + ", ".join(map(str, report.others)) + " (--all removes everything).")
     return "\n".join(lines) + "\n"
 
 
-def status_text(status: HostStatus, paint: Paint) -> str:
+def status_text(status: HostStatus, paint: Paint, wanted: str = "") -> str:
     if not (status.profiles or status.unknown or status.unsettled):
-        return "Nothing is applied on this host.\n"
+        return f"Profile {wanted} is not applied.\n" if wanted else "Nothing is applied.\n"
     lines: list[str] = []
     for profile in status.profiles:
         lines += _profile_lines(profile, paint)

@@ -130,6 +130,21 @@ def test_a_missing_program_is_refused_with_the_cure(orch: Harness, kernel: FakeK
     assert kernel.calls == []
 
 
+def test_a_kernel_without_the_subsystem_is_refused(orch: Harness, kernel: FakeKernel) -> None:
+    kernel.has_cthelper = False
+    assert "this kernel lacks nfnetlink_cthelper" in refusal(orch, FTP)
+
+
+def test_removing_a_helper_with_live_connections_asks(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply("profile: ftp\nhelpers: {ftp: {}, tftp: {engine: conntrackd}}\n")
+    kernel.namespaces[""].connections["tftp-us"] = 1
+    orch.answer = False
+    before = kernel.dump_text()
+    assert orch.apply(FTP).declined
+    assert orch.questions == ["1 live connection loses its helper."]
+    assert kernel.dump_text() == before
+
+
 def test_a_missing_namespace_is_refused(orch: Harness) -> None:
     with pytest.raises(PreflightError, match="no network namespace"):
         orch.apply(FTP, "blue")
@@ -206,7 +221,7 @@ def test_death_of_the_process_disables_and_apply_mends_exactly_that(orch: Harnes
     assert kernel.registrations[OWN].status is Status.DISABLED
     assert orch.status().profiles[0].drift == (
         "ftp-us/ip/tcp: status disabled -> enabled",
-        "conntrackd: queue 36160",
+        "conntrackd: missing: queue 36160",
     )
     orch.steps.clear()
     orch.apply(FTP)
@@ -421,9 +436,11 @@ def test_teardown_names_the_queues_whose_packets_the_kernel_drops(
 def test_a_gone_namespace_is_told_and_released(orch: Harness, kernel: FakeKernel) -> None:
     kernel.add_netns("blue")
     orch.apply(FTP, "blue")
-    space = kernel.namespaces.pop("blue")
-    assert "blue" in orch.status().profiles[0].drift[0]
-    kernel.namespaces["gone"] = space  # (the fake looks namespaces up by identity; no name leads there any more)
+    kernel.gone.append(kernel.namespaces.pop("blue"))
+    assert orch.status().profiles[0].drift == (
+        "netns blue: it is gone; orch teardown --all takes away what is left of it",
+    )
     orch.teardown(every_netns=True)
+    assert not kernel.running_processes
     assert not kernel.registrations
     assert not orch.status().profiles
