@@ -43,7 +43,19 @@ def pure() -> Result:
 
 def kernel(key: str, arguments: list[str], *, is_live: bool) -> Result:
     """The kernel tests in a guest."""
-    boot = [sys.executable, "-m", "lab.vm", "run", "--kernel", key, "--timeout", str(GUEST_TIMEOUT_S), "--"]
+    boot = [
+        sys.executable,
+        "-m",
+        "lab.vm",
+        "run",
+        "--kernel",
+        key,
+        "--cpus",
+        "1",
+        "--timeout",
+        str(GUEST_TIMEOUT_S),
+        "--",
+    ]
     return _run(key, boot, ["-m", "kernel", "--durations=10", *arguments], is_live=is_live)
 
 

@@ -25,7 +25,7 @@ _SCHEMA = 1
 _TABLES = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS applied (
-    profile TEXT NOT NULL, netns TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (profile, netns));
+    profile TEXT NOT NULL, netns TEXT NOT NULL, owner TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (profile, netns));
 CREATE TABLE IF NOT EXISTS registration (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS use (
     key TEXT NOT NULL, profile TEXT NOT NULL, netns TEXT NOT NULL, PRIMARY KEY (key, profile, netns));
@@ -96,7 +96,7 @@ class Ledger:
 
     def owners(self) -> tuple[Owner, ...]:
         """Who has something applied; cheaper than `applied` as nothing large is decoded."""
-        rows = self._db.execute("SELECT json_extract(value, '$.owner') FROM applied ORDER BY netns, profile").fetchall()
+        rows = self._db.execute("SELECT owner FROM applied ORDER BY netns, profile").fetchall()
         return tuple(from_json(Owner, value) for (value,) in rows)
 
     def neighbours(self, owner: Owner) -> tuple[Applied, ...]:
@@ -175,8 +175,8 @@ class Ledger:
             if tx is not None:
                 self._db.execute("DELETE FROM transaction_ WHERE id = ?", (tx,))
             self._db.execute(
-                "INSERT OR REPLACE INTO applied VALUES (?, ?, ?)",
-                (owner.profile, owner.netns.identity, to_json(applied)),
+                "INSERT OR REPLACE INTO applied VALUES (?, ?, ?, ?)",
+                (owner.profile, owner.netns.identity, to_json(owner), to_json(applied)),
             )
             self._db.execute("DELETE FROM use WHERE profile = ? AND netns = ?", (owner.profile, owner.netns.identity))
             self._db.executemany(

@@ -27,14 +27,19 @@ class Observer:
     def observe(
         self, owner: Owner, target: Target | None, *, applied: Applied | None = None, count_connections: bool = False
     ) -> Observed:
-        """Everything that a plan for `owner` needs to know. `applied` stands in for what the ledger remembers."""
+        """Everything that a plan for `owner` needs to know.
+
+        `applied` stands in for what the ledger remembers; its baseline was listed just now, and is taken as it is.
+        """
         netns = owner.netns
+        fresh = applied.baseline if applied and applied.baseline.digest else None
         applied = applied or self.ledger.find(owner)
         registrations = self.system.registry.dump()
         is_there = self._is_there(netns)
-        all_listings = self._listings(owner) if is_there else ()
+        all_listings = self._listings(owner, fresh) if is_there else ()
         # Somebody's flush takes the digest with it: then only the ledger tells that the table is ours.
         listings = tuple(listing for listing in all_listings if listing.digest or applied is not None)
+        neighbours = self.ledger.neighbours(owner)
         queues = self.system.host.queues(netns) if is_there else ()
         users = self._users(owner)
         modules = tuple(sorted(module_helpers()) if target is None else {*module_helpers(), *target.modules})
@@ -49,12 +54,12 @@ class Observer:
             foreign_table=next((rules_name(x, owner.profile) for x in all_listings if x not in listings), ""),
             applied=applied,
             baseline=self._baseline(listings, applied, target, registrations, loaded),
-            neighbours=tuple((a.owner, a.target.attachments) for a in self.ledger.neighbours(owner)),
+            neighbours=tuple((a.owner, a.target.attachments) for a in neighbours),
             processes=tuple(
                 p for p in self.system.processes.running() if p.profile == owner.profile and p.netns == netns.identity
             ),
             queues=queues,
-            queue_holders=self._queue_holders(owner, queues),
+            queue_holders=self._queue_holders(neighbours, queues),
             modules=loaded,
             loadable=self.system.host.available_modules(target.modules) if target else frozenset(),
             kernel_helpers=_taken(loaded),
@@ -68,8 +73,11 @@ class Observer:
             connections=self.system.host.connections(netns) if count_connections and is_there else {},
         )
 
-    def _listings(self, owner: Owner) -> tuple[Listing, ...]:
-        found = (self.system.rules[b].listing(owner.netns, owner.profile) for b in CONCRETE_BACKENDS)
+    def _listings(self, owner: Owner, fresh: Listing | None) -> tuple[Listing, ...]:
+        found = (
+            fresh if fresh and fresh.backend is b else self.system.rules[b].listing(owner.netns, owner.profile)
+            for b in CONCRETE_BACKENDS
+        )
         return tuple(listing for listing in found if listing is not None)
 
     def _users(self, owner: Owner) -> Mapping[HelperKey, tuple[Owner, ...]]:
@@ -137,15 +145,13 @@ class Observer:
                 return backend.expected(rules)
         return None
 
-    def _queue_holders(self, owner: Owner, queues: tuple[QueueRow, ...]) -> Mapping[int, str]:
-        neighbours = {
+    def _queue_holders(self, neighbours: tuple[Applied, ...], queues: tuple[QueueRow, ...]) -> Mapping[int, str]:
+        names = {
             registration.queue_num: str(applied.owner)
-            for applied in self.ledger.neighbours(owner)
+            for applied in neighbours
             for registration in applied.registrations
         }
-        return {
-            row.queue_num: neighbours.get(row.queue_num) or self.system.host.process_name(row.port_id) for row in queues
-        }
+        return {row.queue_num: names.get(row.queue_num) or self.system.host.process_name(row.port_id) for row in queues}
 
     def _foreign_references(self) -> frozenset[str]:
         return frozenset(

@@ -180,11 +180,12 @@ def _warnings(choice: _Choice, families: tuple[L3Proto, ...]) -> list[str]:
     if engine.broken:
         advice = f"; engine: {other} works" if other else ""
         return [f"{choice.label}: engine {engine.engine} is broken for {choice.entry.name}: {engine.broken}{advice}"]
-    if all(f in engine.families for f in families if f in choice.entry.families):
-        return []
-    serves = " and ".join(FAMILY_NAMES[f] for f in choice.served)
-    advice = f"; engine: {other} serves both" if other else ""
-    return [f"{choice.label}: {engine.engine} serves {serves} only{advice}"]
+    warnings = [f"{choice.label}: {engine.harm}"] if engine.harm else []
+    if any(f not in engine.families for f in families if f in choice.entry.families):
+        serves = " and ".join(FAMILY_NAMES[f] for f in choice.served)
+        advice = f"; engine: {other} serves both" if other else ""
+        warnings.append(f"{choice.label}: {engine.engine} serves {serves} only{advice}")
+    return warnings
 
 
 def _attach(tree: Tree, choice: _Choice, families: tuple[L3Proto, ...]) -> _Attached:

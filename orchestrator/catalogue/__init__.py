@@ -41,6 +41,7 @@ class EngineEntry:
     modules: tuple[str, ...]
     attaches_stock_key: bool
     broken: str
+    harm: str
     caveats: str
 
     def name_for(self, l4proto: L4Proto) -> str:
@@ -117,6 +118,7 @@ def _engine(
         modules=tuple(data.get("modules", ())),
         attaches_stock_key=data.get("attaches_stock_key", False),
         broken=data.get("broken", ""),
+        harm=data.get("harm", ""),
         caveats=data.get("caveats", ""),
     )
 

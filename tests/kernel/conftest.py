@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 
 from lab import topology
-from lab.topology import CLIENT, ROUTER, SERVER, inside, run
+from lab.topology import CLIENT, ROUTER, SERVER, run
 from orchestrator.app import kernel_system
+from orchestrator.kernel.cthelper import KernelRegistry
+from orchestrator.kernel.netns import entered, find
 from tests.hosts import Harness
 
+NAMESPACES = (CLIENT, ROUTER, SERVER)
 HELPER_MODULES = (
     *("nf_nat_ftp", "nf_nat_tftp", "nf_nat_sip", "nf_nat_irc", "nf_nat_h323", "nf_nat_pptp", "nf_nat_amanda"),
     *("nf_conntrack_ftp", "nf_conntrack_tftp", "nf_conntrack_sip", "nf_conntrack_irc", "nf_conntrack_h323"),
@@ -36,68 +39,65 @@ def routed() -> Iterator[None]:
 
 
 @pytest.fixture
-def host() -> Iterator[None]:
-    """A host without helpers, rules and helper modules; whatever a test leaves is taken away, and told."""
+def orch(routed: None, tmp_path: Path) -> Iterator[Harness]:
+    """orch in this process, on a clean host, with a state directory of its own."""
     _sweep()
-    yield
-    _sweep()
-
-
-@pytest.fixture
-def orch(routed: None, host: None, tmp_path: Path) -> Iterator[Harness]:
-    """orch in this process, on the running kernel, with a state directory of its own."""
     state = tmp_path / "state"
     harness = Harness(kernel_system(state), state)
     yield harness
     harness.answer = True
     harness.teardown(every_netns=True)
-    _no_processes()
+    _kill_processes()
 
 
 def _sweep() -> None:
-    _no_processes()
-    for netns in (CLIENT, ROUTER, SERVER):
-        if Path("/run/netns", netns).exists():
-            inside(netns, "nft", "flush", "ruleset")
-            for table in ("raw", "filter"):
-                for program in ("iptables-legacy", "ip6tables-legacy"):
-                    if _has_legacy(netns, program, table):
-                        inside(netns, program, "-t", table, "-F")
-                        inside(netns, program, "-t", table, "-X")
-                        inside(
-                            netns, program, "-t", table, "-P", "FORWARD" if table == "filter" else "OUTPUT", "ACCEPT"
-                        )
-            inside(netns, "conntrack", "-F", check=False)
-    if Path("/sys/module/nfnetlink_cthelper").exists():
-        run("nfct", "helper", "flush", check=False)
-    for module in HELPER_MODULES:
-        if Path("/sys/module", module).exists():
-            run("modprobe", "-r", module)
+    """Take away whatever the test before left: processes, rules, connections, registrations, helper modules."""
+    _kill_processes()
+    for name in NAMESPACES:
+        with entered(find(name)):
+            run("nft", "flush", "ruleset")
+            for program, table in _legacy_tables():
+                run(program, "-t", table, "-F")
+                run(program, "-t", table, "-X")
+            run("conntrack", "-F", check=False)
+    registry = KernelRegistry()
+    for registration in registry.dump():
+        registry.delete(registration.key)
+    loaded = [module for module in HELPER_MODULES if Path("/sys/module", module).exists()]
+    if loaded:
+        run("modprobe", "-r", *loaded)
 
 
-def _has_legacy(netns: str, program: str, table: str) -> bool:
-    family = "ip6" if program.startswith("ip6") else "ip"
-    names = inside(netns, "cat", f"/proc/net/{family}_tables_names", check=False).stdout.split()
-    return table in names
+def _legacy_tables() -> list[tuple[str, str]]:
+    """(program, table) of the legacy tables that exist in the namespace of this thread."""
+    return [
+        (f"{program}-legacy", table)
+        for program, names in (("iptables", "ip_tables_names"), ("ip6tables", "ip6_tables_names"))
+        for table in _read(f"/proc/thread-self/net/{names}").split()
+    ]
 
 
-def _no_processes() -> None:
+def _kill_processes() -> None:
     run("pkill", "-KILL", "-f", "orchestrator/supervise/runner.py", check=False)
     run("pkill", "-KILL", "-x", "conntrackd", check=False)
 
 
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except FileNotFoundError:
+        return ""
+
+
 def snapshot() -> str:
     """Everything orch touches, as text: registrations, rules, queues and processes of all namespaces."""
-    looks = [
-        run("nfct", "helper", "list", check=False).stdout if Path("/sys/module/nfnetlink_cthelper").exists() else ""
-    ]
-    for netns in (CLIENT, ROUTER, SERVER):
-        looks.append(inside(netns, "nft", "list", "ruleset").stdout)
-        for program in ("iptables-legacy", "ip6tables-legacy"):
-            if _has_legacy(netns, program, "raw"):
-                saved = inside(netns, f"{program}-save", "-t", "raw").stdout
-                looks += [line for line in saved.splitlines() if "orch" in line]
-        looks.append(inside(netns, "cat", "/proc/net/netfilter/nfnetlink_queue", check=False).stdout)
+    looks = [str(registration) for registration in KernelRegistry().dump()]
+    for name in NAMESPACES:
+        with entered(find(name)):
+            looks.append(run("nft", "list", "ruleset").stdout)
+            saved = [run(f"{program}-save", "-t", table).stdout for program, table in _legacy_tables()]
+            looks += [line for text in saved for line in text.splitlines() if "orch" in line]
+            looks.append(_read("/proc/thread-self/net/netfilter/nfnetlink_queue"))
     looks.append(run("pgrep", "-f", "conntrackd|supervise/runner", check=False).stdout)
     return "\n".join(look for look in looks if look.strip())
 

@@ -32,7 +32,7 @@ def modules_after(script: str, *arguments: str) -> set[str]:
     return set(done.stderr.splitlines()[-1].split())
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("--version",), ("apply", "--help")])
+@pytest.mark.parametrize("arguments", [("--help",), ("--version",)])
 def test_what_answers_without_a_profile_loads_nothing_heavy(arguments: tuple[str, ...]) -> None:
     assert not modules_after(_SCRIPT, *arguments) & _HEAVY
 

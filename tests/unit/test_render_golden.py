@@ -11,25 +11,35 @@ from orchestrator import profile, render
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "render"
 CASES = sorted(d.name for d in GOLDEN.iterdir())
+SHIPPED = sorted((Path(__file__).parents[2] / "profiles").glob("*.yaml"))
+SHIPPED_GOLDEN = Path(__file__).parents[1] / "golden" / "profiles"
 
 
-def documents(case: str) -> dict[str, str]:
-    desired = profile.load((GOLDEN / case / "profile.yaml").read_text(), f"{case}/profile.yaml")
-    return {d.name: d.text for d in render.render(desired)}
+def documents(text: str) -> dict[str, str]:
+    return {d.name: d.text for d in render.render(profile.load(text, "profile.yaml"))}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_documents_are_as_expected(case: str) -> None:
-    directory = GOLDEN / case
-    rendered = documents(case)
+def check(rendered: dict[str, str], directory: Path) -> None:
+    """Compare with the files of a directory, or write them anew."""
     if os.environ.get("ORCH_UPDATE_GOLDEN"):
+        directory.mkdir(parents=True, exist_ok=True)
         for path in directory.iterdir():
             if path.name != "profile.yaml":
                 path.unlink()
         for name, text in rendered.items():
             (directory / name).write_text(text)
-    expected = {p.name: p.read_text() for p in directory.iterdir() if p.name != "profile.yaml"}
-    assert rendered == expected
+    assert rendered == {p.name: p.read_text() for p in directory.iterdir() if p.name != "profile.yaml"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_documents_are_as_expected(case: str) -> None:
+    check(documents((GOLDEN / case / "profile.yaml").read_text()), GOLDEN / case)
+
+
+@pytest.mark.parametrize("backend", ["nftables", "iptables"])
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_shipped_profiles_render_as_expected(file: Path, backend: str) -> None:
+    check(documents(f"{file.read_text()}\nbackend: {backend}\n"), SHIPPED_GOLDEN / f"{file.stem}.{backend}")
 
 
 @pytest.mark.parametrize("case", CASES)
