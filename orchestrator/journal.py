@@ -13,7 +13,6 @@ import sqlite3
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from orchestrator.errors import OrchError, RefusedError
 from orchestrator.model import HelperKey, Registration
@@ -58,7 +57,8 @@ class Ledger:
     def open(cls, directory: Path, *, boot_id: str, create: bool) -> Ledger:
         """Open the ledger of a state directory; without `create` a missing one is an empty one in memory.
 
-        A ledger of another boot is emptied: nothing it speaks of exists any more.
+        A ledger of another boot is emptied, as nothing it speaks of exists any more; so is one of another schema, and
+        then apply adopts what it finds.
         """
         file = directory / "ledger.sqlite"
         if create:
@@ -71,14 +71,14 @@ class Ledger:
                 ) from error
         elif file.exists():
             db = sqlite3.connect(f"file:{file}?mode=ro", uri=True, isolation_level=None)
-            return cls(directory, db) if _boot_of(db) == boot_id else cls(directory, _in_memory())
+            return cls(directory, db if _origin(db) == (boot_id, _SCHEMA) else _in_memory())
         else:
             return cls(directory, _in_memory())
         # It must outlive this process, not the machine: the kernel state it speaks of dies with the machine too.
         db.execute("PRAGMA synchronous=OFF")
         db.execute("PRAGMA foreign_keys=ON")
         db.executescript(_TABLES)
-        if _boot_of(db) != boot_id:
+        if _origin(db) != (boot_id, _SCHEMA):
             with _write(db):
                 for table in ("applied", "registration", "use", "transaction_", "step"):
                     db.execute(f"DELETE FROM {table}")
@@ -245,9 +245,10 @@ def _in_memory() -> sqlite3.Connection:
     return db
 
 
-def _boot_of(db: sqlite3.Connection) -> str:
-    row: tuple[Any, ...] | None = db.execute("SELECT value FROM meta WHERE key = 'boot_id'").fetchone()
-    return str(row[0]) if row else ""
+def _origin(db: sqlite3.Connection) -> tuple[str, int]:
+    """The boot and the schema that a ledger was written in."""
+    values = dict(db.execute("SELECT key, value FROM meta").fetchall())
+    return values.get("boot_id", ""), int(values.get("schema", 0))
 
 
 @contextlib.contextmanager
