@@ -187,9 +187,8 @@ class App:
         wanted = launches(owner.profile, owner.netns, target.processes, target.documents)
         observed = observer.observe(owner, target)
         plan = plan_apply(target, wanted, observed, owner)
-        if any(isinstance(step, DeleteRegistration) for step in plan.steps):
-            # Counting connections reads the whole table: only where it matters.
-            observed = observer.observe(owner, target, count_connections=True)
+        if plan.adopted or any(isinstance(step, DeleteRegistration) for step in plan.steps):
+            observed = observer.observe(owner, target, is_thorough=True)
             plan = plan_apply(target, wanted, observed, owner)
         return observed, plan
 
@@ -305,7 +304,7 @@ class App:
 
     def _teardown_one(self, ledger: Ledger, owner: Owner, target: Target | None) -> Report:
         owner = self._reachable(owner)
-        observed = Observer(self.system, ledger).observe(owner, None, count_connections=True)
+        observed = Observer(self.system, ledger).observe(owner, None, is_thorough=True)
         plan = plan_teardown(
             observed, owner, _mine(observed, target if target and target.profile == owner.profile else None)
         )

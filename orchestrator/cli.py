@@ -464,11 +464,14 @@ def run(argv: list[str]) -> int:
         return _fail(argv, error, ExitCode.MIXED)
     except OrchError as error:
         return _fail(argv, error, ExitCode.FAILED)
-    except (KeyboardInterrupt, typer.Abort):
-        return 128 + signal.SIGINT
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return ExitCode.OK
+    except OSError as error:
+        reason = error.strerror or str(error)
+        return _fail(argv, OrchError(reason, where=str(error.filename or ""), cause="from the system"), ExitCode.FAILED)
+    except (KeyboardInterrupt, typer.Abort):
+        return 128 + signal.SIGINT
     return int(result or 0)
 
 

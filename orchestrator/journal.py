@@ -64,6 +64,7 @@ class Ledger:
         if create:
             try:
                 directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+                (directory / "lock").touch()
                 db = sqlite3.connect(file, isolation_level=None)
             except (OSError, sqlite3.OperationalError) as error:
                 raise OrchError(

@@ -25,10 +25,12 @@ class Observer:
     ledger: Ledger
 
     def observe(
-        self, owner: Owner, target: Target | None, *, applied: Applied | None = None, count_connections: bool = False
+        self, owner: Owner, target: Target | None, *, applied: Applied | None = None, is_thorough: bool = False
     ) -> Observed:
         """Everything that a plan for `owner` needs to know.
 
+        A thorough look goes into every namespace, for rules that the ledger does not know, and counts connections:
+        dear on a large host, and of no matter as long as nothing is adopted, cut or unregistered.
         `applied` stands in for what the ledger remembers; its baseline was listed just now, and is taken as it is.
         """
         netns = owner.netns
@@ -41,7 +43,7 @@ class Observer:
         listings = tuple(listing for listing in all_listings if listing.digest or applied is not None)
         neighbours = self.ledger.neighbours(owner)
         queues = self.system.host.queues(netns) if is_there else ()
-        users = self._users(owner)
+        users = self._users(owner, self._unrecorded() if is_thorough else ())
         modules = tuple(sorted(module_helpers()) if target is None else {*module_helpers(), *target.modules})
         loaded = self.system.host.loaded_modules(modules)
         return Observed(
@@ -63,14 +65,14 @@ class Observer:
             modules=loaded,
             loadable=self.system.host.available_modules(target.modules) if target else frozenset(),
             kernel_helpers=_taken(loaded),
-            foreign_references=self._foreign_references(),
+            foreign_references=self._foreign_references() if is_thorough else frozenset(),
             missing_programs=frozenset(
                 spec.argv[0]
                 for spec in (target.processes if target else ())
                 if self.system.host.program(spec.argv[0]) is None
             ),
             has_cthelper=bool(self.system.host.available_modules((_SUBSYSTEM,))),
-            connections=self.system.host.connections(netns) if count_connections and is_there else {},
+            connections=self.system.host.connections(netns) if is_thorough and is_there else {},
         )
 
     def _listings(self, owner: Owner, fresh: Listing | None) -> tuple[Listing, ...]:
@@ -80,21 +82,27 @@ class Observer:
         )
         return tuple(listing for listing in found if listing is not None)
 
-    def _users(self, owner: Owner) -> Mapping[HelperKey, tuple[Owner, ...]]:
-        """Other owners of each key: those the ledger knows, and those whose rules are there although it does not."""
-        recorded = {(o.profile, o.netns.identity) for o in self.ledger.owners()}
+    def _users(
+        self, owner: Owner, unrecorded: Iterable[tuple[Owner, Listing]]
+    ) -> Mapping[HelperKey, tuple[Owner, ...]]:
+        """Other owners of each key: those the ledger knows, and those whose rules alone tell of them."""
         users = {key: list(owners) for key, owners in self.ledger.users().items()}
-        for netns in self._namespaces():
-            for backend in CONCRETE_BACKENDS:
-                for profile in _or_nothing(self.system.rules[backend].profiles, netns):
-                    if (profile, netns.identity) in recorded:
-                        continue
-                    listing = self.system.rules[backend].listing(netns, profile)
-                    for key in listing.helpers if listing else ():
-                        users.setdefault(key, []).append(Owner(profile, netns))
+        for other, listing in unrecorded:
+            for key in listing.helpers:
+                users.setdefault(key, []).append(other)
         me = (owner.profile, owner.netns.identity)
         others = {key: tuple(o for o in owners if (o.profile, o.netns.identity) != me) for key, owners in users.items()}
         return {key: owners for key, owners in others.items() if owners}
+
+    def _unrecorded(self) -> Iterable[tuple[Owner, Listing]]:
+        """Rules of ours in any namespace that can be reached, of profiles that the ledger does not know."""
+        recorded = {(o.profile, o.netns.identity) for o in self.ledger.owners()}
+        for netns in self._namespaces():
+            for backend in CONCRETE_BACKENDS:
+                for profile in _or_nothing(self.system.rules[backend].profiles, netns):
+                    listing = self.system.rules[backend].listing(netns, profile)
+                    if listing is not None and (profile, netns.identity) not in recorded:
+                        yield Owner(profile, netns), listing
 
     def _namespaces(self) -> Iterable[Netns]:
         """Every namespace that can be reached by a name, once each."""
