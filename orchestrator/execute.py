@@ -116,11 +116,12 @@ class Execution:
         clock = self.system.clock
         start = clock.monotonic()
         try:
-            perform(step, self.system, self.plan.netns, is_undo=is_undo)
+            has_acted = perform(step, self.system, self.plan.netns, is_undo=is_undo)
         except (OrchError, OSError) as error:
             self.report(Outcome(step, clock.monotonic() - start, str(error), is_undo))
             raise
-        self.report(Outcome(step, clock.monotonic() - start, "", is_undo))
+        if has_acted:
+            self.report(Outcome(step, clock.monotonic() - start, "", is_undo))
 
 
 def undo_begun(
@@ -143,8 +144,11 @@ def undo_begun(
     return tuple(leftovers)
 
 
-def perform(step: Step, system: System, netns: Netns, *, is_undo: bool = False) -> None:
-    """Take one step. On the way back it may find its work done already, or never begun; both are fine then."""
+def perform(step: Step, system: System, netns: Netns, *, is_undo: bool = False) -> bool:
+    """Take one step; False if there was nothing to do, and nothing to tell.
+
+    On the way back a step may find its work done already, or never begun; both are fine then.
+    """
     match step:
         case LoadModule(name):
             system.modules.load(name)
@@ -155,7 +159,7 @@ def perform(step: Step, system: System, netns: Netns, *, is_undo: bool = False) 
         case DeleteRegistration(registration):
             _delete(system, registration, is_undo=is_undo)
         case KeepRegistrations(registrations):
-            _put_back(system, registrations)
+            return _put_back(system, registrations)
         case StartProcess(launch):
             if not (is_undo and _running(system, netns, launch.spec.name)):
                 system.processes.start(launch)
@@ -172,13 +176,15 @@ def perform(step: Step, system: System, netns: Netns, *, is_undo: bool = False) 
             system.rules[before.backend].flush(netns, before.profile)
         case RemoveRules(before):
             system.rules[before.backend].remove(netns, before.profile)
+    return True
 
 
-def _put_back(system: System, registrations: tuple[Registration, ...]) -> None:
+def _put_back(system: System, registrations: tuple[Registration, ...]) -> bool:
     live = {r.key: r for r in system.registry.dump()}
-    for registration in registrations:
-        if live.get(registration.key, registration) != registration:
-            system.registry.update(registration)
+    changed = [r for r in registrations if live.get(r.key, r) != r]
+    for registration in changed:
+        system.registry.update(registration)
+    return bool(changed)
 
 
 def _load(system: System, netns: Netns, rules: Rules) -> None:

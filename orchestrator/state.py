@@ -222,7 +222,7 @@ def describe(step: Step) -> str:
         case DeleteRegistration(registration):
             return f"unregister helper {registration.key}"
         case KeepRegistrations(registrations):
-            return f"keep {', '.join(str(r.key) for r in registrations)} as it was"
+            return f"put back helper {', '.join(str(r.key) for r in registrations)}"
         case StartProcess(launch):
             return f"start {launch.spec.name}"
         case StopProcess(process, _):

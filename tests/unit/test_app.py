@@ -40,9 +40,8 @@ def test_apply_registers_disabled_starts_enables_and_loads_rules_last(orch: Harn
     assert orch.steps == [
         "register helper ftp/ip/tcp",
         "register helper ftp-us/ip/tcp",
-        "keep ftp/ip/tcp as it was",
         "start conntrackd",
-        "keep ftp/ip/tcp as it was",
+        "put back helper ftp/ip/tcp",
         "enable helper ftp-us/ip/tcp",
         "load rules inet orch-ftp",
     ]
@@ -76,7 +75,6 @@ def test_teardown_leaves_the_host_as_it_was(orch: Harness, kernel: FakeKernel) -
         "disable helper ftp-us/ip/tcp",
         "drain queue 36160",
         "remove rules inet orch-ftp",
-        "keep ftp/ip/tcp as it was",
         "stop conntrackd",
         "unregister helper ftp/ip/tcp",
         "unregister helper ftp-us/ip/tcp",
@@ -226,9 +224,8 @@ def test_death_of_the_process_disables_and_apply_mends_exactly_that(orch: Harnes
     orch.steps.clear()
     orch.apply(FTP)
     assert orch.steps == [
-        "keep ftp/ip/tcp as it was",
         "start conntrackd",
-        "keep ftp/ip/tcp as it was",
+        "put back helper ftp/ip/tcp",
         "enable helper ftp-us/ip/tcp",
     ]
 
@@ -332,10 +329,9 @@ def test_another_queue_restarts_behind_a_disabled_registration(orch: Harness) ->
         "disable helper ftp-us/ip/tcp",
         "drain queue 36160",
         "update helper ftp-us/ip/tcp",
-        "keep ftp/ip/tcp as it was",
         "stop conntrackd",
         "start conntrackd",
-        "keep ftp/ip/tcp as it was",
+        "put back helper ftp/ip/tcp",
         "enable helper ftp-us/ip/tcp",
     ]
     assert orch.status().profiles[0].drift == ()

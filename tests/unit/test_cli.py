@@ -201,7 +201,7 @@ def test_a_signal_undoes_and_is_the_exit_code(
 def test_json_ends_with_a_result_line(orch: Terminal) -> None:
     code, out, _ = orch("apply", "--json", orch.profile())
     lines = [json.loads(line) for line in out.splitlines()]
-    assert [line["type"] for line in lines] == ["step"] * 7 + ["result"]
+    assert [line["type"] for line in lines] == ["step"] * 6 + ["result"]
     assert lines[-1] | {"report": None} == {
         "type": "result",
         "schema": "1.0",
