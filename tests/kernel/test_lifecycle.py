@@ -361,3 +361,16 @@ def test_status_counts_what_there_is(orch: Harness) -> None:
     (row,) = orch.system.host.queues(find(ROUTER))
     assert (row.queue_num, row.is_ready) == (36160, True)
     assert row.seen > 0
+
+
+def test_a_namespace_deleted_under_us_is_taken_away(orch: Harness) -> None:
+    """Its name is gone, and it lives on in our process: rules, registrations and process must go all the same."""
+    before = snapshot()
+    run("ip", "netns", "add", "orch-doomed")
+    orch.apply(FTP, "orch-doomed")
+    run("ip", "netns", "del", "orch-doomed")
+    assert "it is gone" in orch.status().profiles[0].drift[0]
+    (report,) = orch.teardown(every_netns=True).reports
+    assert report.leftovers == ()
+    assert snapshot() == before
+    assert not orch.status().profiles
