@@ -125,7 +125,7 @@ class Demo:
         """Everything that orch touches, as text: equal texts mean that nothing is left."""
         looks: dict[str, Callable[[], str]] = {
             "helpers": lambda: topology.run("nfct", "helper", "list", check=False).stdout,
-            "nft": lambda: topology.inside(ROUTER, "nft", "list", "ruleset").stdout,
+            "rules": lambda: topology.ruleset(ROUTER),
             "queues": lambda: topology.inside(ROUTER, "cat", "/proc/net/netfilter/nfnetlink_queue", check=False).stdout,
             "processes": lambda: topology.run("pgrep", "-a", "conntrackd", check=False).stdout,
         }

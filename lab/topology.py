@@ -5,6 +5,7 @@ client 10.66.1.2, fd66:1::2  --  10.66.1.1 router 10.66.2.1  --  server 10.66.2.
 
 import contextlib
 import os
+import re
 import subprocess
 import tempfile
 import time
@@ -90,6 +91,15 @@ def _link(host: str, ip: str, ip6: str, router: str, interface: str, router_ip: 
         inside(netns, "ip", "address", "add", address, "dev", name)
         inside(netns, "ip", "address", "add", address6, "dev", name, "nodad")
         inside(netns, "ip", "link", "set", name, "up")
+
+
+# What iptables-nft leaves of a table that it made: base chains without a rule.
+_EMPTY_BUILTIN_TABLE = re.compile(r"table ip6? raw \{\n(?:\tchain \w+ \{\n\t\ttype [^\n]*\n\t\}\n\n?)*\}\n")
+
+
+def ruleset(netns: str) -> str:
+    """The nft ruleset of a namespace, without the empty tables of iptables: those are nothing."""
+    return _EMPTY_BUILTIN_TABLE.sub("", inside(netns, "nft", "list", "ruleset").stdout)
 
 
 def load_filter(netns: str, ruleset: str) -> None:

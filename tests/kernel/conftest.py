@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,10 +89,6 @@ def _read(path: str) -> str:
         return ""
 
 
-# What iptables-nft leaves of a table it made: its base chains without a rule.
-_EMPTY_BUILTIN_TABLE = re.compile(r"table ip6? raw \{\n(?:\tchain \w+ \{\n\t\ttype [^\n]*\n\t\}\n\n?)*\}\n")
-
-
 def snapshot() -> str:
     """Everything orch touches, as text: registrations, rules, queues and processes of all namespaces.
 
@@ -101,8 +96,8 @@ def snapshot() -> str:
     """
     looks = [str(registration) for registration in KernelRegistry().dump()]
     for name in NAMESPACES:
+        looks.append(topology.ruleset(name))
         with entered(find(name)):
-            looks.append(_EMPTY_BUILTIN_TABLE.sub("", run("nft", "list", "ruleset").stdout))
             saved = [run(f"{program}-save", "-t", table).stdout for program, table in _legacy_tables()]
             looks += [line for text in saved for line in text.splitlines() if "orch" in line]
             looks.append(_read("/proc/thread-self/net/netfilter/nfnetlink_queue"))
