@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.here:
-        return Demo(arguments.backend).run()
+        return demonstrate(arguments.backend)
     again = [sys.executable, "-m", "lab.demo", "--here", "--backend", arguments.backend]
     if has_cthelper():
         return subprocess.run([sys.executable, "-m", "lab.inside", "--", *again], cwd=REPOSITORY).returncode
@@ -45,13 +45,27 @@ def has_cthelper() -> bool:
     return found or Path("/sys/module/nfnetlink_cthelper").exists()
 
 
+def demonstrate(backend: str) -> int:
+    """Run the demo; whatever becomes of it, nothing that it applied stays."""
+    with tempfile.TemporaryDirectory(prefix="orch-demo-") as state:
+        demo = Demo(backend, state)
+        try:
+            return demo.run()
+        finally:
+            subprocess.run(
+                [sys.executable, "-m", "orchestrator", "teardown", "--all", "--yes", "--quiet"],
+                env={**os.environ, "ORCH_STATE_DIR": state},
+                stdin=subprocess.DEVNULL,
+            )
+
+
 class Demo:
     """One run; `failures` are the things that did not happen as they should."""
 
-    def __init__(self, backend: str) -> None:
+    def __init__(self, backend: str, state: str) -> None:
         self.backend = backend
+        self.state = state
         self.failures: list[str] = []
-        self.state = tempfile.mkdtemp(prefix="orch-demo-")
 
     def run(self) -> int:
         self.title("a client, a router and a server; the router drops all but port 21 and what belongs to it")

@@ -67,10 +67,11 @@ def inside(netns: str, *argv: str, text: str = "", check: bool = True) -> subpro
 @contextlib.contextmanager
 def routed() -> Iterator[None]:
     """The three namespaces, linked and routed, without filter, servers or helpers."""
-    names = (CLIENT, ROUTER, SERVER)
+    made: list[str] = []
     try:
-        for name in names:
+        for name in (CLIENT, ROUTER, SERVER):
             run("ip", "netns", "add", name)
+            made.append(name)
             inside(name, "ip", "link", "set", "lo", "up")
         _link(CLIENT, "10.66.1.2/24", "fd66:1::2/64", ROUTER, "lan0", "10.66.1.1/24", "fd66:1::1/64")
         _link(SERVER, "10.66.2.2/24", "fd66:2::2/64", ROUTER, "wan0", "10.66.2.1/24", "fd66:2::1/64")
@@ -81,7 +82,7 @@ def routed() -> Iterator[None]:
             inside(name, "ip", "-6", "route", "add", "default", "via", via6)
         yield
     finally:
-        for name in names:
+        for name in made:
             run("ip", "netns", "del", name, check=False)
 
 

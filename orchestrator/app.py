@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from orchestrator.errors import OrchError, RefusedError, RollbackError, VerifyError
-from orchestrator.execute import Execution, Outcome, undo_begun
+from orchestrator.errors import OrchError, RollbackError, StalePlanError, VerifyError
+from orchestrator.execute import EXPECTED, Execution, lead_back
 from orchestrator.journal import Ledger
 from orchestrator.launches import launches
-from orchestrator.model import Backend, Desired, Document, Listing, Netns, Registration, Status, Target
-from orchestrator.observe import CONCRETE_BACKENDS, Observer
+from orchestrator.model import Backend, Desired, Document, HelperKey, Listing, Netns, Registration, Status, Target
+from orchestrator.observe import Observer, or_nothing
 from orchestrator.plan import plan_apply, plan_teardown, relaunchable
 from orchestrator.ports import Launch, ProcessSeen, System
+from orchestrator.reports import Difference, PlanRefusedError, Report, Talk, TeardownReport
 from orchestrator.state import (
     Applied,
     DeleteRegistration,
@@ -22,69 +23,10 @@ from orchestrator.state import (
     Observed,
     Owner,
     Plan,
-    Refusal,
 )
 from orchestrator.status import HostStatus, ProfileStatus, lost_profile, profile_status
 
 DEFAULT_STATE_DIR = Path("/run/orch")
-RELATED_RULE = "ct state established,related accept"
-
-
-class PlanRefusedError(RefusedError):
-    """The plan must not run; every reason is in `refusals`."""
-
-    def __init__(self, refusals: tuple[Refusal, ...]) -> None:
-        self.refusals = refusals
-        first = refusals[0]
-        super().__init__(first.what, where=first.where, hint=first.hint)
-
-
-@dataclass(frozen=True, slots=True)
-class Talk:
-    """How a use case speaks while it works: steps as they end, warnings, and a question that is answered yes or no.
-
-    `interrupted` returns the number of a signal that asked to stop, or 0.
-    """
-
-    step: Callable[[Outcome], None]
-    warn: Callable[[str], None]
-    confirm: Callable[[Plan, str], bool]
-    interrupted: Callable[[], int]
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """What diff shows: the plan, the texts of the rules before and after, and what somebody else changed in them."""
-
-    owner: Owner
-    source: str
-    plan: Plan
-    loaded_documents: str
-    wanted_documents: str
-    baseline_listing: str
-    live_listing: str
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """How an apply or a teardown ended. `leftovers` is what a teardown could not take away.
-
-    `is_forgotten` tells that the ledger alone still knew the profile.
-    """
-
-    plan: Plan
-    declined: bool = False
-    leftovers: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    is_forgotten: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class TeardownReport:
-    """One report per profile, and who else has something applied that was not asked for."""
-
-    reports: tuple[Report, ...]
-    others: tuple[Owner, ...]
 
 
 def kernel_system(state_dir: Path) -> System:
@@ -162,7 +104,9 @@ class App:
         """Make the target true, or leave everything as it was. Raises PlanRefusedError before the first effect."""
         ledger = self._open(create=True)
         target = self._concrete(target)
-        with ledger.locked(f"apply {desired.source}", wait_s=self.wait_s, clock=self.system.clock):
+        with ledger.locked(
+            f"apply {desired.source}", wait_s=self.wait_s, clock=self.system.clock, interrupted=self.talk.interrupted
+        ):
             self._settle(ledger)
             owner = self._owner(desired)
             observed, plan = self._plan(ledger, owner, target)
@@ -170,8 +114,10 @@ class App:
                 raise PlanRefusedError(plan.refusals)
             if not plan.is_empty and (ask or plan.cut) and not self.talk.confirm(plan, _what_is_cut(plan)):
                 return Report(plan, declined=True)
-            if (ask or plan.cut) and self._plan(ledger, owner, target)[1] != plan:
-                raise OrchError("plan is stale: the system changed while the question waited", hint="run it again")
+            if ask or plan.cut:
+                again = self._plan(ledger, owner, target)[1]
+                if (again.steps, again.refusals) != (plan.steps, plan.refusals):
+                    raise StalePlanError("plan is stale: the system changed meanwhile", hint="run it again")
             if plan.is_empty:
                 self._remember(ledger, None, desired, target, observed)
                 return Report(plan, notes=plan.kept)
@@ -200,12 +146,28 @@ class App:
         except OrchError:
             ledger.settle(tx)
             raise
-        except OSError as error:
+        except (OSError, ValueError) as error:
             ledger.settle(tx)
-            raise OrchError(f"{error.strerror}: {error.filename}") from error
+            raise OrchError(str(error)) from error
 
     def _verify(self, execution: Execution, ledger: Ledger, tx: int, desired: Desired, target: Target) -> None:
-        """Only an empty plan is success; what differs now is undone."""
+        """Only an empty plan is success; what differs now, or cannot be looked at, is undone."""
+        try:
+            applied, problems = self._look_again(ledger, desired, target)
+        except EXPECTED as error:
+            applied, problems = None, (str(error),)
+        if applied is not None and not problems:
+            ledger.settle_applied(tx, applied, live=self._live_keys())
+            return
+        leftovers = execution.undo()
+        failure = VerifyError("the system is not as declared after all steps: " + "; ".join(problems))
+        if leftovers:
+            raise RollbackError(failure, leftovers)
+        ledger.settle(tx)
+        raise failure
+
+    def _look_again(self, ledger: Ledger, desired: Desired, target: Target) -> tuple[Applied, tuple[str, ...]]:
+        """What the ledger will say, and what is not as it should be."""
         owner = self._owner(desired)
         applied = self._applied(desired, target, self._listing(owner, target))
         observed = Observer(self.system, ledger).observe(owner, target, applied=applied)
@@ -215,14 +177,7 @@ class App:
         missing = sorted(attached - (applied.baseline.helpers if applied.baseline else frozenset()))
         problems = [f"{c.subject}: {c.detail} {c.reason}".strip(": ") for c in again.changes]
         problems += [f"rules do not attach {key}" for key in missing]
-        if problems:
-            leftovers = execution.undo()
-            error = VerifyError("the system is not as declared after all steps: " + "; ".join(problems))
-            if leftovers:
-                raise RollbackError(error, leftovers)
-            ledger.settle(tx)
-            raise error
-        ledger.settle_applied(tx, applied)
+        return applied, tuple(problems)
 
     def _listing(self, owner: Owner, target: Target) -> Listing:
         listing = self.system.rules[target.rules.backend].listing(owner.netns, owner.profile)
@@ -246,10 +201,14 @@ class App:
         listing = _own_listing(observed, target)
         if same and applied and listing and applied.baseline == listing:
             return
-        ledger.settle_applied(tx, self._applied(desired, target, self._listing(self._owner(desired), target)))
+        applied = self._applied(desired, target, self._listing(self._owner(desired), target))
+        ledger.settle_applied(tx, applied, live=self._live_keys())
 
     def _filter_notes(self, netns: Netns) -> tuple[str, ...]:
-        missing = self.system.host.unrelated_filters(netns)
+        try:
+            missing = self.system.host.unrelated_filters(netns)
+        except EXPECTED as error:
+            return (f"the filter rules could not be looked at: {error}",)
         return tuple(f"{chain} drops, and has no rule that accepts what helpers expect" for chain in missing)
 
     # -- teardown -----------------------------------------------------------------------------------------------------
@@ -262,54 +221,46 @@ class App:
         `desired` and `target` are what the profile's file says, for its namespace and for when the ledger is lost.
         """
         ledger = self._open(create=True)
-        with ledger.locked(f"teardown {wanted}".strip(), wait_s=self.wait_s, clock=self.system.clock):
+        with ledger.locked(
+            f"teardown {wanted}".strip(), wait_s=self.wait_s, clock=self.system.clock, interrupted=self.talk.interrupted
+        ):
             self._settle(ledger)
-            everything = {(o.profile, o.netns.identity): o for o in (*ledger.owners(), *self._unrecorded(ledger))}
+            unrecorded = Observer(self.system, ledger).unrecorded()
+            owners = (*ledger.owners(), *(owner for owner, _ in unrecorded))
+            everything = {(o.profile, o.netns.identity): o for o in owners}
             if desired is not None and not every_netns:
                 owner = self._owner(desired)
                 everything.setdefault((owner.profile, owner.netns.identity), owner)
             here = None if every_netns else self._here(desired)
             mine = [o for o in everything.values() if here in (None, o.netns.identity) and wanted in ("", o.profile)]
-            reports = tuple(self._teardown_one(ledger, owner, target) for owner in mine)
-            return TeardownReport(reports, tuple(o for o in everything.values() if o not in mine))
+            others = tuple(o for o in everything.values() if o not in mine)
+            mine = [self._reachable(ledger, owner) for owner in mine]
+            # Every question comes before the first effect; each plan is made when those before it are carried out,
+            # as two profiles may share what the last of them takes away.
+            plans = [self._plan_removal(ledger, owner, target)[1] for owner in mine]
+            if not all(not plan.cut or self.talk.confirm(plan, _what_is_cut(plan)) for plan in plans):
+                return TeardownReport(tuple(Report(plan, declined=True) for plan in plans), others)
+            return TeardownReport(tuple(self._teardown_one(ledger, owner, target) for owner in mine), others)
 
     def _here(self, desired: Desired | None) -> str:
         name = (desired.netns if desired else "") if self.netns is None else self.netns
         return self.system.host.find_netns(name).identity
 
-    def _unrecorded(self, ledger: Ledger) -> tuple[Owner, ...]:
-        """Rules of ours in any reachable namespace that the ledger does not know."""
-        recorded = {(o.profile, o.netns.identity) for o in ledger.owners()}
-        found = {
-            (profile, netns.identity): Owner(profile, netns)
-            for netns in self.system.host.known_netns()
-            for backend in CONCRETE_BACKENDS
-            for profile in self.system.rules[backend].profiles(netns)
-        }
-        return tuple(owner for at, owner in found.items() if at not in recorded)
-
-    def _reachable(self, owner: Owner) -> Owner:
+    def _reachable(self, ledger: Ledger, owner: Owner) -> Owner:
         """A namespace whose name was deleted lives on while a process of ours runs in it: go in through that one."""
-        if self._is_there(owner.netns):
+        if Observer(self.system, ledger).is_there(owner.netns):
             return owner
         inside = [p.pid for p in self.system.processes.running() if p.netns == owner.netns.identity]
         path = f"/proc/{inside[0]}/ns/net" if inside else owner.netns.path
         return replace(owner, netns=replace(owner.netns, path=path))
 
-    def _is_there(self, netns: Netns) -> bool:
-        try:
-            return self.system.host.find_netns(netns.path).identity == netns.identity
-        except OrchError:
-            return False
+    def _plan_removal(self, ledger: Ledger, owner: Owner, target: Target | None) -> tuple[Observed, Plan]:
+        observed = Observer(self.system, ledger).observe(owner, None, is_thorough=True)
+        mine = _mine(observed, target if target and target.profile == owner.profile else None)
+        return observed, plan_teardown(observed, owner, mine)
 
     def _teardown_one(self, ledger: Ledger, owner: Owner, target: Target | None) -> Report:
-        owner = self._reachable(owner)
-        observed = Observer(self.system, ledger).observe(owner, None, is_thorough=True)
-        plan = plan_teardown(
-            observed, owner, _mine(observed, target if target and target.profile == owner.profile else None)
-        )
-        if plan.cut and not self.talk.confirm(plan, _what_is_cut(plan)):
-            return Report(plan, declined=True)
+        observed, plan = self._plan_removal(ledger, owner, target)
         for sentence in self._drop_warnings(plan, owner):
             self.talk.warn(sentence)
         plan = relaunchable(plan, lambda p: _launch_of(p, observed))
@@ -322,12 +273,12 @@ class App:
         except OrchError:
             ledger.settle(tx)
             raise
-        live = {r.key for r in self.system.registry.dump()}
-        ledger.settle_removed(tx, owner, kept=tuple(sorted(live & set(observed.recorded))))
-        if not leftovers:
-            self.system.processes.cleanup(owner.profile, owner.netns)
-        is_forgotten = plan.is_empty and observed.applied is not None
-        return Report(plan, leftovers=leftovers, notes=plan.kept, is_forgotten=is_forgotten)
+        if leftovers:
+            ledger.settle(tx)  # the profile stays in the ledger: status shows what is left, and teardown tries again
+            return Report(plan, leftovers=leftovers, notes=plan.kept)
+        ledger.settle_removed(tx, owner, live=self._live_keys())
+        self.system.processes.cleanup(owner.profile, owner.netns)
+        return Report(plan, notes=plan.kept, is_forgotten=plan.is_empty and observed.applied is not None)
 
     def _drop_warnings(self, plan: Plan, owner: Owner) -> tuple[str, ...]:
         """Before 7.3, unregistering a helper makes the kernel drop every packet that waits in any queue of the host."""
@@ -342,7 +293,7 @@ class App:
         foreign = [
             f"queue {row.queue_num} of {self.system.host.process_name(row.port_id)} in netns {netns}"
             for netns in self.system.host.known_netns()
-            for row in self.system.host.queues(netns)
+            for row in or_nothing(self.system.host.queues, netns)
             if not (netns.identity == owner.netns.identity and row.queue_num in ours)
         ]
         if not foreign:
@@ -361,14 +312,15 @@ class App:
 
         return HostStatus(
             profiles=tuple(self._profile_status(ledger, a) for a in ledger.applied() if is_wanted(a.owner)),
-            unknown=tuple(owner for owner in self._unrecorded(ledger) if is_wanted(owner)),
-            unsettled=tuple(f"{u.command} of {u.owner} was killed" for u in ledger.unsettled()),
+            unknown=tuple(o for o, _ in Observer(self.system, ledger).unrecorded() if is_wanted(o)),
+            unsettled=() if ledger.is_locked() else tuple(f"{u.command} of {u.owner}" for u in ledger.unsettled()),
+            working=ledger.is_locked(),
         )
 
     def _profile_status(self, ledger: Ledger, applied: Applied) -> ProfileStatus:
         owner = applied.owner
         try:
-            if not self._is_there(owner.netns):
+            if not Observer(self.system, ledger).is_there(owner.netns):
                 raise OrchError("it is gone; orch teardown --all takes away what is left of it")
             observed, plan = self._plan(ledger, owner, applied.target)
         except OrchError as error:
@@ -379,6 +331,30 @@ class App:
 
     def _open(self, *, create: bool) -> Ledger:
         return Ledger.open(self.state_dir, boot_id=self.boot_id, create=create)
+
+    def _live_keys(self) -> tuple[HelperKey, ...]:
+        return tuple(r.key for r in self.system.registry.dump())
+
+    def _forget_replaced(self, ledger: Ledger) -> None:
+        """The kernel gives the inode of a deleted namespace to the next one: that one has nothing of ours.
+
+        The same namespace under another name is told by our rules or processes in it.
+        """
+        observer = Observer(self.system, ledger)
+        there = {netns.identity: netns for netns in self.system.host.known_netns()}
+        for owner in ledger.owners():
+            netns = there.get(owner.netns.identity)
+            if netns is None or netns.path == owner.netns.path or observer.is_there(owner.netns):
+                continue
+            look = observer.observe(replace(owner, netns=netns), None)
+            if look.processes or look.listings:
+                continue
+            ledger.settle_removed(None, owner, live=self._live_keys())
+            self.talk.warn(f"netns {owner.netns} is gone, and profile {owner.profile} with it")
+
+    def _locked(self, ledger: Ledger, command: str) -> AbstractContextManager[None]:
+        clock, interrupted = self.system.clock, self.talk.interrupted
+        return ledger.locked(command, wait_s=self.wait_s, clock=clock, interrupted=interrupted)
 
     def _owner(self, desired: Desired) -> Owner:
         name = desired.netns if self.netns is None else self.netns
@@ -391,10 +367,13 @@ class App:
         return replace(target, rules=replace(target.rules, backend=self.system.host.iptables_variant()))
 
     def _settle(self, ledger: Ledger) -> None:
-        """Undo what a killed command had begun."""
+        """Undo what a killed command had begun, and forget profiles of namespaces whose identity is another's now."""
+        self._forget_replaced(ledger)
         for unsettled in ledger.unsettled():
             self.talk.warn(f"{unsettled.command} of {unsettled.owner} was killed half-way: undoing it")
-            leftovers = undo_begun(unsettled.begun, self.system, unsettled.owner.netns, self.talk.step)
+            steps = [(n, step) for n, (step, _) in enumerate(unsettled.begun)]
+            netns = unsettled.owner.netns
+            leftovers = lead_back(steps, self.system, netns, self.talk.step, undone=lambda _: None)
             ledger.settle(unsettled.id)
             for sentence in leftovers:
                 self.talk.warn(sentence)
@@ -406,7 +385,9 @@ def _mine(observed: Observed, target: Target | None) -> tuple[Registration, ...]
     Without either, a stock registration of ours is known by carrying, disabled, the queue number of an attached one.
     """
     if observed.applied is not None:
-        return observed.applied.registrations
+        # With those that no profile uses any more: an earlier teardown had to leave them.
+        unused = [r for key, r in observed.recorded.items() if key not in observed.users]
+        return tuple({r.key: r for r in (*unused, *observed.applied.registrations)}.values())
     attached = {key for listing in observed.listings for key in listing.helpers}
     ours = [r for r in observed.registrations if r.key in attached]
     served = {(r.queue_num, r.key.l3proto, r.key.l4proto) for r in ours}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import gc
 import logging
@@ -86,6 +87,7 @@ YesOption = Annotated[bool, typer.Option("--yes", "-y", envvar="ORCH_YES", help=
 FullOption = Annotated[bool, typer.Option("--full", envvar="ORCH_FULL", help="Show the text of the rules as a diff.")]
 
 _DEFAULT_STATE = Path("/run/orch")
+_TRUE = ("1", "true", "t", "yes", "y", "on")  # what click takes for true in a variable
 
 
 @dataclass(slots=True)
@@ -117,7 +119,8 @@ class Session:
 
     def say(self, text: str) -> None:
         if not self.is_quiet:
-            sys.stderr.write(text if text.endswith("\n") else text + "\n")
+            with contextlib.suppress(OSError):  # nobody listens any more; the work goes on
+                sys.stderr.write(text if text.endswith("\n") else text + "\n")
 
     def warn(self, sentence: str) -> None:
         self.say(f"{self.paint()('warning', 'warning')}: {sentence}")
@@ -203,9 +206,10 @@ def _target(desired: Desired, templates: Path | None) -> Target:
 
 
 def _app(session: Session, *, netns: str | None, state_dir: Path, wait_s: float = 10.0) -> App:
-    from orchestrator import app
+    from orchestrator import app, reports
 
-    talk = app.Talk(session.step, session.warn, session.confirm, lambda: session.signal_number)
+    talk = reports.Talk(session.step, session.warn, session.confirm, lambda: session.signal_number)
+    state_dir = state_dir.resolve()  # processes are found by its text
     return app.App(app.kernel_system(state_dir), state_dir, app.boot_id(), talk, netns, wait_s)
 
 
@@ -288,7 +292,7 @@ def diff(
 def _diff(
     session: Session, profile: str, *, netns: str | None, is_full: bool, templates: Path | None, state_dir: Path
 ) -> ExitCode:
-    from orchestrator.app import PlanRefusedError
+    from orchestrator.reports import PlanRefusedError
     from orchestrator.views import human, machine
 
     desired = _load(profile)
@@ -455,7 +459,7 @@ def run(argv: list[str]) -> int:
     try:
         result = cli(args=argv, prog_name="orch", standalone_mode=False)
     except usage_error as error:
-        return _usage(error)
+        return _usage(argv, error)
     except UsageError as error:
         return _fail(argv, error, ExitCode.USAGE)
     except Interrupted as error:
@@ -475,29 +479,35 @@ def run(argv: list[str]) -> int:
     return int(result or 0)
 
 
-def _usage(error: Exception) -> int:
+def _usage(argv: list[str], error: Exception) -> int:
     context = getattr(error, "ctx", None)
-    if context is not None:
-        sys.stderr.write(context.get_usage() + "\n")
-    message = getattr(error, "format_message", lambda: str(error))()
-    if message:
-        sys.stderr.write(f"error: {message}\n")
-    return ExitCode.USAGE
+    message = str(getattr(error, "format_message", lambda: str(error))())
+    if not message:
+        return ExitCode.USAGE  # the help was shown instead
+    return _fail(argv, UsageError(message), ExitCode.USAGE, usage=context.get_usage() + "\n" if context else "")
 
 
-def _fail(argv: list[str], error: OrchError, code: int) -> int:
+def _fail(argv: list[str], error: OrchError, code: int, *, usage: str = "") -> int:
+    """Tell an error on stderr and, with --json, in the result line; streams that are gone are no reason to crash."""
     from orchestrator.views import human, machine
 
-    sys.stderr.write(human.error_text(error, human.Paint(is_on=_is_coloured(_asked_colour(argv), sys.stderr))))
-    if "--json" in argv or os.environ.get("ORCH_JSON", "").lower() in ("1", "true", "yes"):
-        command = next((word for word in argv if not word.startswith("-")), "")
-        sys.stdout.write(machine.result_line(command, code, error=machine.error_value(error)) + "\n")
+    is_json = "--json" in argv or os.environ.get("ORCH_JSON", "").lower() in _TRUE
+    command = next((word for word in argv if not word.startswith("-")), "")
+    with contextlib.suppress(OSError):
+        paint = human.Paint(is_on=_is_coloured(_asked_colour(argv), sys.stderr))
+        sys.stderr.write(usage + human.error_text(error, paint))
+    with contextlib.suppress(OSError):
+        if is_json:
+            sys.stdout.write(machine.result_line(command, code, error=machine.error_value(error)) + "\n")
     return int(code)
 
 
 def _asked_colour(argv: list[str]) -> Colour:
-    asked = next((word.partition("=")[2] for word in argv if word.startswith("--color=")), "")
-    return Colour(asked) if asked in set(Colour) else Colour.AUTO
+    """What --color or ORCH_COLOR say, for errors that come before or instead of a parsed command line."""
+    words = " ".join(argv).replace("--color ", "--color=").split(" ")
+    asked = [word.partition("=")[2] for word in words if word.startswith("--color=")]
+    wanted = (asked or [os.environ.get("ORCH_COLOR", "")])[-1]
+    return Colour(wanted) if wanted in set(Colour) else Colour.AUTO
 
 
 def main() -> None:

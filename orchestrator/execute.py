@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from orchestrator.errors import Interrupted, KernelError, OrchError, RollbackError
@@ -29,6 +30,9 @@ from orchestrator.state import (
     describe,
     inverse,
 )
+
+# What a step may raise: our own errors, the system's, and what a kernel says that nobody understands (DecodeError).
+EXPECTED = (OrchError, OSError, ValueError)
 
 _POLL_S = 0.02
 _log = logging.getLogger(__name__)
@@ -62,49 +66,52 @@ class Execution:
         Raises RollbackError, with what is left, if the way back fails as well.
         """
         for sequence, step in enumerate(self.plan.steps):
-            if number := self.interrupted():
-                self._fail(Interrupted(number))
-            self.ledger.intend(self.tx, sequence, step)
+            self._stop_if_interrupted()
             try:
-                self._timed(step)
-            except (OrchError, OSError) as error:
+                self._take(sequence, step)
+            except EXPECTED as error:
                 if isinstance(step, StartProcess | StopProcess):  # the others do all or nothing
                     self._done.append((sequence, step))
                 self._fail(error)
-            self.ledger.done(self.tx, sequence)
-            self._done.append((sequence, step))
+        self._stop_if_interrupted()
 
     def run_all(self) -> tuple[str, ...]:
-        """Take every step although some fail, as teardown does; returns one sentence for each that failed."""
+        """Take every step although some fail, as teardown does; returns one sentence for each that was not done.
+
+        What would do harm after a failure is left out: a process stays while its registration could not be disabled,
+        a registration while rules that name it could not be removed.
+        """
         failures: list[str] = []
+        is_enabled = has_rules = False
         for sequence, step in enumerate(self.plan.steps):
-            if number := self.interrupted():
-                self._fail(Interrupted(number))
-            self.ledger.intend(self.tx, sequence, step)
-            try:
-                self._timed(step)
-            except (OrchError, OSError) as error:
-                failures.append(f"{describe(step)}: {error}")
+            self._stop_if_interrupted()
+            if (is_enabled and isinstance(step, StopProcess)) or (
+                (is_enabled or has_rules) and isinstance(step, DeleteRegistration)
+            ):
+                failures.append(f"{describe(step)}: not tried, as an earlier step failed")
                 continue
-            self.ledger.done(self.tx, sequence)
-            self._done.append((sequence, step))
+            try:
+                self._take(sequence, step)
+            except EXPECTED as error:
+                failures.append(f"{describe(step)}: {error}")
+                is_enabled = is_enabled or isinstance(step, UpdateRegistration)
+                has_rules = has_rules or isinstance(step, RemoveRules)
         return tuple(failures)
 
     def undo(self) -> tuple[str, ...]:
         """Lead back from everything done so far, newest first; returns a sentence for each step that could not be."""
-        leftovers: list[str] = []
-        while self._done:
-            sequence, step = self._done.pop()
-            back = inverse(step, self.plan.netns)
-            if back is None:
-                continue
-            try:
-                self._timed(back, is_undo=True)
-            except (OrchError, OSError) as error:
-                leftovers.append(f"{describe(back)}: {error}")
-            else:
-                self.ledger.undone(self.tx, sequence)
-        return tuple(leftovers)
+        done, self._done = self._done, []
+        return lead_back(done, self.system, self.plan.netns, self.report, lambda n: self.ledger.undone(self.tx, n))
+
+    def _take(self, sequence: int, step: Step) -> None:
+        self.ledger.intend(self.tx, sequence, step)
+        _timed(step, self.system, self.plan.netns, self.report)
+        self._done.append((sequence, step))
+        self.ledger.done(self.tx, sequence)
+
+    def _stop_if_interrupted(self) -> None:
+        if number := self.interrupted():
+            self._fail(Interrupted(number))
 
     def _fail(self, cause: Exception) -> None:
         leftovers = self.undo()
@@ -112,36 +119,56 @@ class Execution:
             raise RollbackError(cause, leftovers) from cause
         raise cause
 
-    def _timed(self, step: Step, *, is_undo: bool = False) -> None:
-        clock = self.system.clock
-        start = clock.monotonic()
-        try:
-            has_acted = perform(step, self.system, self.plan.netns, is_undo=is_undo)
-        except (OrchError, OSError) as error:
-            self.report(Outcome(step, clock.monotonic() - start, str(error), is_undo))
-            raise
-        if has_acted:
-            self.report(Outcome(step, clock.monotonic() - start, "", is_undo))
 
-
-def undo_begun(
-    begun: tuple[tuple[Step, bool], ...], system: System, netns: Netns, report: Callable[[Outcome], None]
+def lead_back(
+    done: Sequence[tuple[int, Step]],
+    system: System,
+    netns: Netns,
+    report: Callable[[Outcome], None],
+    undone: Callable[[int], None],
 ) -> tuple[str, ...]:
-    """Lead back from what a killed command had begun, newest first; returns a sentence for each failure."""
+    """Undo steps, newest first; returns a sentence for each that could not be undone.
+
+    Where a process does not come back, its registrations are not enabled again: without a listener they would block.
+    """
     leftovers: list[str] = []
-    for step, _ in reversed(begun):
+    is_deaf = False
+    for sequence, step in reversed(done):
         back = inverse(step, netns)
+        if isinstance(step, StopProcess) and back is None:
+            leftovers.append(f"start {step.process.name}: the ledger does not know how it was started")
+            is_deaf = True
         if back is None:
             continue
-        start = system.clock.monotonic()
+        if is_deaf and isinstance(back, UpdateRegistration) and back.after.status is Status.ENABLED:
+            leftovers.append(f"{describe(back)}: not tried, as nobody would listen")
+            continue
         try:
-            perform(back, system, netns, is_undo=True)
-        except (OrchError, OSError) as error:
+            _timed(back, system, netns, report, is_undo=True)
+            undone(sequence)
+        except EXPECTED as error:
             leftovers.append(f"{describe(back)}: {error}")
-            report(Outcome(back, system.clock.monotonic() - start, str(error), is_undo=True))
-        else:
-            report(Outcome(back, system.clock.monotonic() - start, "", is_undo=True))
+            is_deaf = is_deaf or isinstance(back, StartProcess)
     return tuple(leftovers)
+
+
+def _timed(
+    step: Step, system: System, netns: Netns, report: Callable[[Outcome], None], *, is_undo: bool = False
+) -> None:
+    """Take one step and tell how it ended. Telling may fail (a closed terminal); that is no reason to stop."""
+    start = system.clock.monotonic()
+
+    def tell(error: str) -> None:
+        with contextlib.suppress(OSError):
+            report(Outcome(step, system.clock.monotonic() - start, error, is_undo))
+
+    try:
+        has_acted = perform(step, system, netns, is_undo=is_undo)
+    except EXPECTED as error:
+        tell(str(error))
+        raise
+    if has_acted:
+        tell("")
 
 
 def perform(step: Step, system: System, netns: Netns, *, is_undo: bool = False) -> bool:
@@ -161,10 +188,10 @@ def perform(step: Step, system: System, netns: Netns, *, is_undo: bool = False) 
         case KeepRegistrations(registrations):
             return _put_back(system, registrations)
         case StartProcess(launch):
-            if not (is_undo and _running(system, netns, launch.spec.name)):
+            if not (is_undo and _running(system, netns, launch.profile, launch.spec.name)):
                 system.processes.start(launch)
         case StopProcess(process, _):
-            for seen in _running(system, netns, process.name, profile=process.profile):
+            for seen in _running(system, netns, process.profile, process.name):
                 system.processes.stop(seen)
         case WatchProcess(launch, process):
             system.processes.watch(launch, process)
@@ -221,12 +248,9 @@ def _delete(system: System, registration: Registration, *, is_undo: bool) -> Non
         raise KernelError("unregister helper", str(registration.key), errno.EBUSY)
 
 
-def _running(system: System, netns: Netns, name: str, *, profile: str = "") -> list[ProcessSeen]:
-    return [
-        p
-        for p in system.processes.running()
-        if p.netns == netns.identity and p.name == name and profile in ("", p.profile)
-    ]
+def _running(system: System, netns: Netns, profile: str, name: str) -> list[ProcessSeen]:
+    wanted = (netns.identity, profile, name)
+    return [p for p in system.processes.running() if (p.netns, p.profile, p.name) == wanted]
 
 
 def _drain(system: System, netns: Netns, queues: tuple[int, ...], within_s: float) -> None:

@@ -95,9 +95,26 @@ class FakeKernel:
             self.at(launch.netns).queues.pop(queue, None)
         del self.running_processes[pid]
         if watched and seen.watched:
-            for key in launch.spec.keys:
-                if key in self.registrations:
-                    self.registrations[key] = replace(self.registrations[key], status=Status.DISABLED)
+            self.disable(launch)
+
+    def disable(self, launch: Launch) -> None:
+        """What a watcher does when its process dies, even before that was ready."""
+        for key in launch.spec.keys:
+            if key in self.registrations:
+                self.registrations[key] = replace(self.registrations[key], status=Status.DISABLED)
+
+    def deaf(self) -> list[HelperKey]:
+        """Enabled helpers that rules of a namespace attach where nobody listens: they block new connections."""
+        return [
+            key
+            for space in self._spaces()
+            for at, rules in space.rules.items()
+            if at not in space.flushed
+            for key in references(rules)
+            if key in self.registrations
+            and self.registrations[key].status is Status.ENABLED
+            and self.registrations[key].queue_num not in space.queues
+        ]
 
     def dump_text(self) -> str:
         """Everything there is, one line each, sorted: equal dumps mean equal hosts."""
@@ -304,13 +321,15 @@ class FakeProcesses:
     kernel: FakeKernel
 
     def running(self) -> tuple[ProcessSeen, ...]:
-        return tuple(seen for seen, _ in self.kernel.running_processes.values())
+        self.kernel.now += 0.001  # time passes, and with it the age of what runs
+        return tuple(replace(seen, since_s=self.kernel.now) for seen, _ in self.kernel.running_processes.values())
 
     def start(self, launch: Launch) -> int:
         kernel, program = self.kernel, launch.spec.argv[0]
         kernel.modify("start", launch.spec.name)
         space = kernel.at(launch.netns)
         if program in kernel.dying_programs:
+            kernel.disable(launch)
             raise HelperProcessError(f"{launch.spec.name} ended at once")
         if program in kernel.deaf_programs or set(launch.spec.queues) & set(space.queues):
             raise HelperProcessError(f"{launch.spec.name} runs, but does not listen on its queues")

@@ -10,11 +10,11 @@ import contextlib
 import fcntl
 import os
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.errors import OrchError, RefusedError
+from orchestrator.errors import Interrupted, OrchError, RefusedError
 from orchestrator.model import HelperKey, Registration
 from orchestrator.ports import Clock
 from orchestrator.serial import from_json, to_json
@@ -61,30 +61,18 @@ class Ledger:
         then apply adopts what it finds.
         """
         file = directory / "ledger.sqlite"
-        if create:
-            try:
-                directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-                (directory / "lock").touch()
-                db = sqlite3.connect(file, isolation_level=None)
-            except (OSError, sqlite3.OperationalError) as error:
-                raise OrchError(
-                    f"cannot use the state directory {directory}: {error}", hint="run as root, or set --state-dir"
-                ) from error
-        elif file.exists():
-            db = sqlite3.connect(f"file:{file}?mode=ro", uri=True, isolation_level=None)
-            return cls(directory, db if _origin(db) == (boot_id, _SCHEMA) else _in_memory())
-        else:
-            return cls(directory, _in_memory())
-        # It must outlive this process, not the machine: the kernel state it speaks of dies with the machine too.
-        db.execute("PRAGMA synchronous=OFF")
-        db.execute("PRAGMA foreign_keys=ON")
-        db.executescript(_TABLES)
-        if _origin(db) != (boot_id, _SCHEMA):
-            with _write(db):
-                for table in ("applied", "registration", "use", "transaction_", "step"):
-                    db.execute(f"DELETE FROM {table}")
-                db.execute("INSERT OR REPLACE INTO meta VALUES ('boot_id', ?), ('schema', ?)", (boot_id, str(_SCHEMA)))
-        return cls(directory, db)
+        if not create:
+            return cls(directory, _open_to_read(file, boot_id))
+        try:
+            directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+            (directory / "lock").touch()
+            return cls(directory, _open_to_write(file, boot_id))
+        except OSError as error:
+            raise OrchError(
+                f"cannot use the state directory {directory}: {error}", hint="run as root, or set --state-dir"
+            ) from error
+        except sqlite3.Error as error:
+            raise _broken(error, str(file)) from error
 
     def close(self) -> None:
         self._db.close()
@@ -168,8 +156,11 @@ class Ledger:
         with _write(self._db):
             self._db.execute("DELETE FROM transaction_ WHERE id = ?", (tx,))
 
-    def settle_applied(self, tx: int | None, applied: Applied) -> None:
-        """In one write: the transaction is over, and this is what the profile has and uses from now on."""
+    def settle_applied(self, tx: int | None, applied: Applied, *, live: tuple[HelperKey, ...] = ()) -> None:
+        """In one write: the transaction is over, and this is what the profile has and uses from now on.
+
+        Registrations that no profile uses are forgotten, but for those that are still `live`: they are still ours.
+        """
         owner = applied.owner
         mine = {r.key: r for r in applied.registrations}
         with _write(self._db):
@@ -188,29 +179,31 @@ class Ledger:
                 "INSERT OR REPLACE INTO registration VALUES (?, ?)",
                 [(str(key), to_json(r)) for key, r in mine.items()],
             )
-            self._forget_unused()
+            self._forget_unused(live)
 
-    def settle_removed(self, tx: int | None, owner: Owner, *, kept: tuple[HelperKey, ...] = ()) -> None:
-        """In one write: the transaction is over, and the profile has nothing any more, but `kept` is still ours."""
+    def settle_removed(self, tx: int | None, owner: Owner, *, live: tuple[HelperKey, ...] = ()) -> None:
+        """In one write: the transaction is over, and the profile has nothing any more; `live` as in settle_applied."""
         with _write(self._db):
             if tx is not None:
                 self._db.execute("DELETE FROM transaction_ WHERE id = ?", (tx,))
             at = (owner.profile, owner.netns.identity)
             self._db.execute("DELETE FROM applied WHERE profile = ? AND netns = ?", at)
             self._db.execute("DELETE FROM use WHERE profile = ? AND netns = ?", at)
-            self._forget_unused(kept)
+            self._forget_unused(live)
 
-    def _forget_unused(self, kept: tuple[HelperKey, ...] = ()) -> None:
-        marks = ", ".join("?" for _ in kept)
+    def _forget_unused(self, live: tuple[HelperKey, ...]) -> None:
+        marks = ", ".join("?" for _ in live)
         self._db.execute(
             f"DELETE FROM registration WHERE key NOT IN (SELECT key FROM use) AND key NOT IN ({marks})",
-            [str(key) for key in kept],
+            [str(key) for key in live],
         )
 
     # -- the lock -----------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def locked(self, command: str, *, wait_s: float, clock: Clock) -> Iterator[None]:
+    def locked(
+        self, command: str, *, wait_s: float, clock: Clock, interrupted: Callable[[], int] = lambda: 0
+    ) -> Iterator[None]:
         """Hold the one lock of the host; waits up to `wait_s`, then RefusedError says who holds it.
 
         The kernel drops it when its holder dies, so a lock of a dead process is none.
@@ -219,6 +212,8 @@ class Ledger:
         with file.open("a+") as handle:
             deadline = clock.monotonic() + wait_s
             while not _try_lock(handle.fileno()):
+                if number := interrupted():
+                    raise Interrupted(number)
                 if clock.monotonic() >= deadline:
                     holder = file.read_text().strip() or "another orch"
                     raise RefusedError(f"busy: {holder} holds the lock of this host", hint="try again, or use --wait")
@@ -231,6 +226,14 @@ class Ledger:
             finally:
                 handle.truncate(0)
 
+    def is_locked(self) -> bool:
+        """True while another orch is at work."""
+        try:
+            with (self.directory / "lock").open() as handle:
+                return not _try_lock(handle.fileno())
+        except FileNotFoundError:
+            return False
+
 
 def _try_lock(descriptor: int) -> bool:
     try:
@@ -238,6 +241,39 @@ def _try_lock(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _open_to_write(file: Path, boot_id: str) -> sqlite3.Connection:
+    db = sqlite3.connect(file, isolation_level=None)
+    # It must outlive this process, not the machine: the kernel state it speaks of dies with the machine too.
+    db.execute("PRAGMA synchronous=OFF")
+    db.execute("PRAGMA foreign_keys=ON")
+    db.executescript(_TABLES)
+    if _origin(db) != (boot_id, _SCHEMA):
+        with _write(db):
+            for table in ("applied", "registration", "use", "transaction_", "step"):
+                db.execute(f"DELETE FROM {table}")
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('boot_id', ?), ('schema', ?)", (boot_id, str(_SCHEMA)))
+    return db
+
+
+def _open_to_read(file: Path, boot_id: str) -> sqlite3.Connection:
+    """The ledger, or an empty one where there is none, none of this boot, or none that can be read."""
+    if file.exists():
+        db = sqlite3.connect(f"file:{file}?mode=ro", uri=True, isolation_level=None)
+        with contextlib.suppress(sqlite3.Error, ValueError):
+            if _origin(db) == (boot_id, _SCHEMA):
+                return db
+        db.close()
+    return _in_memory()
+
+
+def _broken(error: sqlite3.Error, where: str = "") -> OrchError:
+    return OrchError(
+        f"the ledger cannot be written: {error}",
+        where=where,
+        hint="make room, or remove it: apply adopts what it finds, and teardown by profile still works",
+    )
 
 
 def _in_memory() -> sqlite3.Connection:
@@ -254,10 +290,14 @@ def _origin(db: sqlite3.Connection) -> tuple[str, int]:
 
 @contextlib.contextmanager
 def _write(db: sqlite3.Connection) -> Iterator[None]:
-    db.execute("BEGIN IMMEDIATE")
     try:
+        db.execute("BEGIN IMMEDIATE")
         yield
+        db.execute("COMMIT")
+    except sqlite3.Error as error:
+        with contextlib.suppress(sqlite3.Error):
+            db.execute("ROLLBACK")
+        raise _broken(error) from error
     except BaseException:
         db.execute("ROLLBACK")
         raise
-    db.execute("COMMIT")

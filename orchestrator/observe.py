@@ -37,13 +37,13 @@ class Observer:
         fresh = applied.baseline if applied and applied.baseline.digest else None
         applied = applied or self.ledger.find(owner)
         registrations = self.system.registry.dump()
-        is_there = self._is_there(netns)
+        is_there = self.is_there(netns)
         all_listings = self._listings(owner, fresh) if is_there else ()
         # Somebody's flush takes the digest with it: then only the ledger tells that the table is ours.
         listings = tuple(listing for listing in all_listings if listing.digest or applied is not None)
         neighbours = self.ledger.neighbours(owner)
         queues = self.system.host.queues(netns) if is_there else ()
-        users = self._users(owner, self._unrecorded() if is_thorough else ())
+        users = self._users(owner, self.unrecorded() if is_thorough else ())
         modules = tuple(sorted(module_helpers()) if target is None else {*module_helpers(), *target.modules})
         loaded = self.system.host.loaded_modules(modules)
         return Observed(
@@ -94,12 +94,12 @@ class Observer:
         others = {key: tuple(o for o in owners if (o.profile, o.netns.identity) != me) for key, owners in users.items()}
         return {key: owners for key, owners in others.items() if owners}
 
-    def _unrecorded(self) -> Iterable[tuple[Owner, Listing]]:
-        """Rules of ours in any namespace that can be reached, of profiles that the ledger does not know."""
+    def unrecorded(self) -> Iterable[tuple[Owner, Listing]]:
+        """Rules of ours in any namespace that can be reached, of profiles that the ledger does not know, each once."""
         recorded = {(o.profile, o.netns.identity) for o in self.ledger.owners()}
         for netns in self._namespaces():
             for backend in CONCRETE_BACKENDS:
-                for profile in _or_nothing(self.system.rules[backend].profiles, netns):
+                for profile in or_nothing(self.system.rules[backend].profiles, netns):
                     listing = self.system.rules[backend].listing(netns, profile)
                     if listing is not None and (profile, netns.identity) not in recorded:
                         yield Owner(profile, netns), listing
@@ -119,11 +119,11 @@ class Observer:
         return tuple(
             owner
             for owner in owners
-            if self._is_there(owner.netns)
-            and all(row.queue_num != queue for row in _or_nothing(self.system.host.queues, owner.netns))
+            if self.is_there(owner.netns)
+            and all(row.queue_num != queue for row in or_nothing(self.system.host.queues, owner.netns))
         )
 
-    def _is_there(self, netns: Netns) -> bool:
+    def is_there(self, netns: Netns) -> bool:
         try:
             return self.system.host.find_netns(netns.path).identity == netns.identity
         except OrchError:
@@ -166,11 +166,11 @@ class Observer:
             name
             for netns in self._namespaces()
             for backend in CONCRETE_BACKENDS
-            for name in _or_nothing(self.system.rules[backend].foreign_references, netns)
+            for name in or_nothing(self.system.rules[backend].foreign_references, netns)
         )
 
 
-def _or_nothing(look: Callable[[Netns], Iterable[T]], netns: Netns) -> Iterable[T]:
+def or_nothing(look: Callable[[Netns], Iterable[T]], netns: Netns) -> Iterable[T]:
     """What a look into a namespace gives; nothing where the namespace has gone meanwhile."""
     try:
         return look(netns)

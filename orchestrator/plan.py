@@ -89,7 +89,7 @@ def plan_apply(target: Target, launches: tuple[Launch, ...], observed: Observed,
     )
 
 
-def plan_teardown(observed: Observed, owner: Owner, mine: Iterable[Registration]) -> Plan:
+def plan_teardown(observed: Observed, owner: Owner, mine: tuple[Registration, ...]) -> Plan:
     """What takes away all that the profile owns here. `mine` are the registrations it uses, as they were applied."""
     live = {r.key: r for r in observed.registrations}
     leaving = leaving_of([live[r.key] for r in sorted(mine, key=by_key) if r.key in live], observed)
@@ -97,11 +97,12 @@ def plan_teardown(observed: Observed, owner: Owner, mine: Iterable[Registration]
     before = [loaded_rules(listing, observed, owner.profile) for listing in observed.listings]
     stops = tuple(StopProcess(p, None) for p in observed.processes)
     stock = tuple(replace(r, status=Status.DISABLED) for r in retire if r.status is Status.DISABLED)
-    waiting = tuple(sorted({r.queue_num for r in retire} & {q.queue_num for q in observed.queues}))
+    # All of ours are drained, those that others share too: it is the listener of this namespace that stops.
+    queues = {r.queue_num for r in mine} & {q.queue_num for q in observed.queues}
     steps: tuple[Step, ...] = (
         *(FlushRules(rules) for rules in before),
         *_disable((*retire, *leaving.disable)),
-        *((DrainQueues(waiting),) if waiting and stops else ()),
+        *((DrainQueues(tuple(sorted(queues))),) if queues and stops else ()),
         *(RemoveRules(rules) for rules in before),
         *([KeepRegistrations(stock)] if stops and stock else []),
         *stops,
@@ -117,7 +118,7 @@ def plan_teardown(observed: Observed, owner: Owner, mine: Iterable[Registration]
         netns=observed.netns,
         changes=changes,
         steps=steps,
-        cut=connections_cut(observed, [r.key for r in retire]),
+        cut=connections_cut(observed, [r.key for r in mine]),
         kept=leaving.kept,
     )
 
@@ -197,13 +198,17 @@ def _keep(
     held: list[Step],
     names: set[str],
 ) -> list[Step]:
-    """The stock registrations as they are when processes are stopped and started; none if no process is touched."""
-    stock = {r.key for r in target.stock} | {r.key for r in (observed.applied.target.stock if observed.applied else ())}
+    """The registrations of processes that are stopped or started, as they are then; none if no process is touched.
+
+    An engine writes into its stock ones; the watcher of one that fails to start disables all, shared ones too.
+    """
+    targets = [target, *([observed.applied.target] if observed.applied else [])]
+    keys = {key for t in targets for spec in t.processes if spec.name in names for key in spec.keys}
     now = {r.key: r for r in observed.registrations}
     now |= {r.key: replace(r, status=Status.DISABLED) for r in (*fresh, *quiet)}
     now |= {step.after.key: step.after for step in held if isinstance(step, UpdateRegistration)}
-    kept = tuple(now[key] for key in sorted(stock) if key in now)
-    return [KeepRegistrations(kept)] if names and kept else []
+    kept = tuple(now[key] for key in sorted(keys) if key in now)
+    return [KeepRegistrations(kept)] if kept else []
 
 
 def _delete(registration: Registration) -> Step:

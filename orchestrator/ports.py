@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from orchestrator.model import Backend, HelperKey, Listing, Netns, ProcessSpec, QueueRow, Registration, Rules
@@ -98,7 +98,7 @@ class Host(Protocol):
 class ProcessSeen:
     """A process of ours that runs now. `digest` identifies the documents it was started with; `since_s` is its age.
 
-    `watched` is false when nobody is left who would disable its registrations should it die.
+    `watched` is false when nobody is left who would disable its registrations should it die. Age does not compare.
     """
 
     profile: str
@@ -106,7 +106,7 @@ class ProcessSeen:
     name: str
     pid: int
     digest: str
-    since_s: float
+    since_s: float = field(compare=False)
     watched: bool
 
 

@@ -221,8 +221,8 @@ def describe(step: Step) -> str:
             return _describe_update(before, after)
         case DeleteRegistration(registration):
             return f"unregister helper {registration.key}"
-        case KeepRegistrations(registrations):
-            return f"put back helper {', '.join(str(r.key) for r in registrations)}"
+        case KeepRegistrations():
+            return "put back registrations"
         case StartProcess(launch):
             return f"start {launch.spec.name}"
         case StopProcess(process, _):

@@ -46,11 +46,15 @@ class ProfileStatus:
 
 @dataclass(frozen=True, slots=True)
 class HostStatus:
-    """All profiles, rules of ours that the ledger does not know, and commands that were killed half-way."""
+    """All profiles, rules of ours that the ledger does not know, and transactions that nobody finished.
+
+    `working` tells that an orch is at work right now: what is shown may be half of something.
+    """
 
     profiles: tuple[ProfileStatus, ...]
     unknown: tuple[Owner, ...]
     unsettled: tuple[str, ...]
+    working: bool = False
 
 
 def lost_profile(applied: Applied, reason: str) -> ProfileStatus:

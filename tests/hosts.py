@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from orchestrator import profile, render
-from orchestrator.app import App, Difference, Report, Talk, TeardownReport
+from orchestrator.app import App
 from orchestrator.execute import Outcome
 from orchestrator.model import Desired, Target
 from orchestrator.ports import System
+from orchestrator.reports import Difference, Report, Talk, TeardownReport
 from orchestrator.state import Plan, describe
 from orchestrator.status import HostStatus
 

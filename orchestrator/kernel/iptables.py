@@ -237,6 +237,7 @@ def _run(program: str, *arguments: str, given: str = "") -> subprocess.Completed
         [path, *arguments],
         env={"PATH": _SYSTEM_PATH, "LANG": "C"},
         input=given,
+        start_new_session=True,  # Ctrl-C is for orch, which lets the running step end
         capture_output=True,
         text=True,
         errors="replace",

@@ -93,6 +93,7 @@ def _modprobe(*arguments: str) -> subprocess.CompletedProcess[str]:
         [program, *arguments],
         env={"PATH": _SYSTEM_PATH, "LANG": "C"},
         stdin=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C is for orch, which lets the running step end
         capture_output=True,
         text=True,
         errors="replace",

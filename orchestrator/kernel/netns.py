@@ -33,16 +33,24 @@ def find(name: str) -> Netns:
 
 
 def own() -> Netns:
-    """The namespace that orch runs in: labelled with its name, else `host` if it is that of process 1, else `self`."""
+    """The namespace that orch runs in: labelled with its name, else `host` if it is that of process 1, else `self`.
+
+    Its path leads there from elsewhere too, and is empty only for one that has no name and is not that of process 1.
+    """
     identity = _own_identity()
-    return Netns(label=_label(identity, default="self"), path="", identity=identity)
+    init = _INIT if identity == _identity_of(Path(_INIT)) else ""
+    path = str(_named().get(identity, init))
+    return Netns(label=_label(identity, default="self"), path=path, identity=identity)
 
 
 def known() -> tuple[Netns, ...]:
-    """The caller's namespace and all named ones, each once; files that are no namespace (any more) are left out."""
+    """The namespaces of the caller and of process 1, and all named ones, each once; other files are left out."""
     here = own()
-    named = [Netns(path.name, str(path), identity) for identity, path in _named().items() if identity != here.identity]
-    return (here, *sorted(named, key=lambda netns: netns.label))
+    found = {identity: Netns(path.name, str(path), identity) for identity, path in _named().items()}
+    if init := _identity_of(Path(_INIT)):
+        found.setdefault(init, Netns("host", _INIT, init))
+    found.pop(here.identity, None)
+    return (here, *sorted(found.values(), key=lambda netns: netns.label))
 
 
 @contextmanager

@@ -5,15 +5,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from orchestrator.app import (
+from orchestrator.errors import OrchError, Problem, ProfileError, RollbackError
+from orchestrator.execute import Outcome
+from orchestrator.reports import (
     RELATED_RULE,
     Difference,
     PlanRefusedError,
     Report,
     TeardownReport,
 )
-from orchestrator.errors import OrchError, Problem, ProfileError, RollbackError
-from orchestrator.execute import Outcome
 from orchestrator.state import Action, Change, Plan, Scope, describe
 from orchestrator.status import HelperStatus, HostStatus, ProfileStatus
 
@@ -105,11 +105,17 @@ def teardown_text(report: TeardownReport, *, every_netns: bool) -> str:
     lines = []
     for one in report.reports:
         lines += list(one.plan.kept)
-        if not one.plan.is_empty:
+        if one.declined:
+            continue
+        if one.leftovers:
+            lines.append(f"Profile {one.plan.profile} is not wholly removed from netns {one.plan.netns}.")
+        elif not one.plan.is_empty:
             lines.append(f"Removed profile {one.plan.profile} from netns {one.plan.netns}.")
         elif one.is_forgotten:
             lines.append(f"Nothing was left of profile {one.plan.profile} in netns {one.plan.netns}; forgotten.")
-    if all(one.plan.is_empty and not one.is_forgotten for one in report.reports):
+    if any(one.declined for one in report.reports):
+        lines.append("Nothing was changed.")
+    elif all(one.plan.is_empty and not one.is_forgotten for one in report.reports):
         lines.append("Nothing to remove.")
     if report.others and not every_netns:
         lines.append("Still applied: " + ", ".join(map(str, report.others)) + " (--all removes everything).")
@@ -117,14 +123,15 @@ def teardown_text(report: TeardownReport, *, every_netns: bool) -> str:
 
 
 def status_text(status: HostStatus, paint: Paint, wanted: str = "") -> str:
-    if not (status.profiles or status.unknown or status.unsettled):
+    if not (status.profiles or status.unknown or status.unsettled or status.working):
         return f"Profile {wanted} is not applied.\n" if wanted else "Nothing is applied.\n"
     lines: list[str] = []
     for profile in status.profiles:
         lines += _profile_lines(profile, paint)
     mark = paint("!", "warning")
     lines += [f"{mark} {o} has rules that the ledger does not know: apply or tear it down" for o in status.unknown]
-    lines += [f"{mark} {sentence}: the next apply or teardown undoes it" for sentence in status.unsettled]
+    lines += [f"{mark} {what} was not finished: the next apply or teardown undoes it" for what in status.unsettled]
+    lines += [f"{mark} another orch is at work right now"] if status.working else []
     return "\n".join(lines) + "\n"
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from orchestrator.app import Difference, PlanRefusedError, Report, TeardownReport
 from orchestrator.errors import OrchError, ProfileError, RollbackError
 from orchestrator.execute import Outcome
+from orchestrator.reports import Difference, PlanRefusedError, Report, TeardownReport
 from orchestrator.state import Plan, Refusal, describe
 from orchestrator.status import HostStatus
 
@@ -111,6 +111,7 @@ def status_value(status: HostStatus) -> dict[str, Any]:
         ],
         "unknown": [{"profile": o.profile, "netns": o.netns.label} for o in status.unknown],
         "unsettled": list(status.unsettled),
+        "working": status.working,
     }
 
 

@@ -17,10 +17,10 @@ from lab import topology
 from lab.topology import CLIENT, CONTENT, PASSIVE, ROUTER, ROUTER_FILTER, SERVER_IP, inside, run
 from orchestrator import profile as profiles
 from orchestrator import render
-from orchestrator.app import PlanRefusedError
 from orchestrator.errors import HelperProcessError
 from orchestrator.kernel.netns import entered, find
 from orchestrator.model import HelperKey, L3Proto, L4Proto, Status
+from orchestrator.reports import PlanRefusedError
 from tests.hosts import FTP, Harness
 from tests.kernel.conftest import cli, snapshot
 
@@ -41,6 +41,10 @@ def kill_and_wait(pid: int) -> None:
         assert select.select([pidfd], [], [], 30)[0]
     finally:
         os.close(pidfd)
+
+
+def kill_watcher() -> None:
+    kill_and_wait(int(run("pgrep", "-f", "orchestrator/supervise/runner.py").stdout))
 
 
 def wait_for_status(orch: Harness, wanted: Status) -> None:
@@ -88,8 +92,13 @@ def test_the_command_line(orch: Harness, tmp_path: Path) -> None:
     assert status.returncode == 0
     assert '"drift": []' in status.stdout
     assert topology.ftp(*PASSIVE).stdout == CONTENT
-    refused = cli("teardown", "--netns", ROUTER, state=state)
-    assert refused.returncode in (0, 64)  # 64 as long as the connection above is remembered
+    with entered(find(CLIENT)):
+        control = socket.create_connection((SERVER_IP, 21), timeout=30)
+    with control:
+        assert control.recv(100).startswith(b"220 ")
+        refused = cli("teardown", "--netns", ROUTER, state=state)
+        assert (refused.returncode, refused.stdout) == (64, "")
+        assert "1 live connection loses its helper" in refused.stderr
     gone = cli("teardown", "--netns", ROUTER, "-y", state=state)
     assert gone.returncode == 0
     assert cli("teardown", "--netns", ROUTER, state=state).stdout == "Nothing to remove.\n"
@@ -127,7 +136,7 @@ def test_without_a_watcher_the_same_death_blocks(orch: Harness) -> None:
     """What the watcher is for: an enabled helper without a listener lets nobody log in any more."""
     topology.load_filter(ROUTER, ROUTER_FILTER)
     orch.apply(FTP, ROUTER)
-    run("pkill", "-KILL", "-f", "orchestrator/supervise/runner.py")
+    kill_watcher()
     assert orch.status().profiles[0].drift == ("conntrackd: its watcher is gone",)
     kill_and_wait(conntrackd(orch))
     assert "Connected" not in topology.ftp("--verbose", *PASSIVE, within_s=4).stderr
@@ -138,7 +147,7 @@ def test_without_a_watcher_the_same_death_blocks(orch: Harness) -> None:
 def test_a_new_watcher_adopts_the_process(orch: Harness) -> None:
     orch.apply(FTP, ROUTER)
     pid = conntrackd(orch)
-    run("pkill", "-KILL", "-f", "orchestrator/supervise/runner.py")
+    kill_watcher()
     orch.apply(FTP, ROUTER)
     assert conntrackd(orch) == pid
     kill_and_wait(pid)
@@ -206,6 +215,8 @@ def test_two_namespaces_share_and_part(orch: Harness) -> None:
     assert topology.ftp(*PASSIVE).stdout == CONTENT
     report = orch.teardown(netns=CLIENT)
     assert [str(o) for o in report.others] == [f"profile ftp in netns {ROUTER}"]
+    assert orch.system.host.queues(find(CLIENT)) == ()
+    assert [p.netns for p in orch.system.processes.running()] == [find(ROUTER).identity]
     assert topology.ftp(*PASSIVE).stdout == CONTENT
     assert orch.status().profiles[0].drift == ()
 

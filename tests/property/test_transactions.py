@@ -93,3 +93,41 @@ def test_a_fault_at_any_step_leaves_the_old_state(first: str, second: str, is_ne
             assert orch.diff(first).plan.is_empty or "module" in kernel.dump_text()
         kernel._fail.clear()
         orch.teardown()
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["apply", "teardown", "kill"]),
+            st.sampled_from(["blue", "red"]),
+            profiles(),
+            st.integers(0, 25),
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+    st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_enabled_implies_a_listener(steps: list[tuple[str, str, str, int]], is_new: bool) -> None:  # noqa: FBT001
+    """Whatever is applied, torn down or killed in two namespaces, and whichever call fails: nothing blocks."""
+    with tempfile.TemporaryDirectory() as directory:
+        orch, kernel = host(directory, is_new=is_new)
+        for name in ("blue", "red"):
+            kernel.add_netns(name)
+        for number, (action, netns, text, fault) in enumerate(steps):
+            profile = text.replace("profile: p", f"profile: p{number % 2}")
+            kernel._fail = {len(kernel.calls) + fault: errno.EIO}
+            try:
+                if action == "apply":
+                    orch.apply(profile, netns)
+                elif action == "teardown":
+                    orch.teardown(netns=netns)
+                elif kernel.running_processes:
+                    kernel.kill(next(iter(kernel.running_processes)))
+            except OrchError:
+                pass
+            assert kernel.deaf() == [], (number, action)
+        kernel._fail.clear()
+        orch.teardown(every_netns=True)
+        assert all(line.startswith("module ") for line in kernel.dump_text().splitlines())

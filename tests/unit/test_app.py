@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import errno
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from orchestrator.app import PlanRefusedError
-from orchestrator.errors import Interrupted, KernelError, OrchError, PreflightError, RollbackError
-from orchestrator.fake import FakeKernel
-from orchestrator.model import Backend, HelperKey, L3Proto, L4Proto, QueueRow, Status
+from orchestrator.errors import Interrupted, KernelError, OrchError, PreflightError, RollbackError, VerifyError
+from orchestrator.fake import FakeKernel, FakeNetns, FakeRules
+from orchestrator.model import Backend, HelperKey, L3Proto, L4Proto, Netns, QueueRow, Rules, Status
+from orchestrator.reports import PlanRefusedError
 from tests.hosts import FTP, Harness
 
 OWN = HelperKey("ftp-us", L3Proto.IP, L4Proto.TCP)
@@ -41,7 +42,7 @@ def test_apply_registers_disabled_starts_enables_and_loads_rules_last(orch: Harn
         "register helper ftp/ip/tcp",
         "register helper ftp-us/ip/tcp",
         "start conntrackd",
-        "put back helper ftp/ip/tcp",
+        "put back registrations",
         "enable helper ftp-us/ip/tcp",
         "load rules inet orch-ftp",
     ]
@@ -213,6 +214,185 @@ def _row() -> QueueRow:
     return QueueRow(0, 4711, 0, 0, 0, 0)
 
 
+TFTP = "profile: b\nhelpers: {tftp: {engine: conntrackd}}\n"
+BOTH = "profile: ftp\nhelpers: {ftp: {}, sane: {engine: conntrackd}}\n"
+
+
+@pytest.fixture
+def refuse_rules(monkeypatch: pytest.MonkeyPatch, kernel: FakeKernel) -> Callable[..., None]:
+    """From now on rules are refused; with `and_programs` every program that is started then ends at once."""
+    modify = FakeKernel.modify
+
+    def start(*, and_programs: bool = False) -> None:
+        def refusing(self: FakeKernel, operation: str, key: str) -> None:
+            modify(self, operation, key)
+            if operation == "load rules":
+                self.dying_programs |= {"conntrackd"} if and_programs else set()
+                raise KernelError(operation, key, errno.EIO)
+
+        monkeypatch.setattr(FakeKernel, "modify", refusing)
+
+    return start
+
+
+def test_undo_restarts_the_right_process_of_two(
+    orch: Harness, kernel: FakeKernel, refuse_rules: Callable[..., None]
+) -> None:
+    orch.apply(FTP)
+    orch.apply(TFTP)
+    before = kernel.dump_text()
+    refuse_rules()
+    with pytest.raises(KernelError):
+        orch.apply(BOTH)
+    assert kernel.dump_text() == before
+
+
+def test_nothing_is_enabled_again_whose_process_does_not_come_back(
+    orch: Harness, kernel: FakeKernel, refuse_rules: Callable[..., None]
+) -> None:
+    orch.apply(FTP)
+    refuse_rules(and_programs=True)
+    with pytest.raises(RollbackError) as caught:
+        orch.apply(BOTH)
+    assert any("nobody would listen" in leftover for leftover in caught.value.leftovers)
+    assert kernel.deaf() == []
+
+
+def test_nothing_is_enabled_again_whose_process_nobody_knows_how_to_start(
+    orch: Harness, kernel: FakeKernel, refuse_rules: Callable[..., None]
+) -> None:
+    orch.apply(FTP)
+    shutil.rmtree(orch.state_dir)
+    refuse_rules()
+    with pytest.raises(RollbackError) as caught:
+        orch.apply(BOTH)
+    assert any("does not know how it was started" in leftover for leftover in caught.value.leftovers)
+    assert kernel.deaf() == []
+
+
+def test_a_failed_start_does_not_disable_what_another_namespace_uses(orch: Harness, kernel: FakeKernel) -> None:
+    for name in ("blue", "red"):
+        kernel.add_netns(name)
+    orch.apply(FTP, "blue")
+    before = kernel.dump_text()
+    kernel.dying_programs.add("conntrackd")
+    with pytest.raises(OrchError, match="ended at once"):
+        orch.apply(FTP, "red")
+    assert kernel.dump_text() == before
+
+
+def test_a_teardown_that_cannot_disable_does_not_take_the_listener(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(FTP)
+    kernel.fail_at(1, errno.ENOBUFS)
+    report = orch.teardown().reports[0]
+    assert len(report.leftovers) == 4
+    assert kernel.running_processes
+    assert orch.status().profiles[0].drift
+    assert orch.teardown().reports[0].leftovers == ()
+    assert not kernel.running_processes
+
+
+def test_a_teardown_that_cannot_remove_rules_keeps_the_registrations(orch: Harness, kernel: FakeKernel) -> None:
+    kernel.delete_ignores_references = True
+    orch.apply(FTP)
+    kernel.fail_at(2, errno.EIO)
+    orch.teardown()
+    assert OWN in kernel.registrations
+    assert orch.teardown().reports[0].leftovers == ()
+    assert not kernel.registrations
+
+
+def test_both_of_two_sharing_namespaces_are_torn_down(orch: Harness, kernel: FakeKernel) -> None:
+    before = kernel.dump_text()
+    for name in ("blue", "red"):
+        kernel.add_netns(name)
+        orch.apply(FTP, name)
+        kernel.namespaces[name].connections["ftp-us"] = 1
+    orch.answer = False
+    assert all(report.declined for report in orch.teardown(every_netns=True).reports)
+    assert len(kernel.running_processes) == 2
+    orch.answer = True
+    orch.teardown(every_netns=True)
+    assert kernel.dump_text() == before
+
+
+def test_a_namespace_that_got_the_inode_of_a_deleted_one_is_another(orch: Harness, kernel: FakeKernel) -> None:
+    before = kernel.dump_text()
+    blue = kernel.add_netns("blue")
+    orch.apply(FTP, "blue")
+    for pid in list(kernel.running_processes):
+        kernel.kill(pid)
+    del kernel.namespaces["blue"]
+    kernel.namespaces["red"] = FakeNetns(replace(blue, label="red", path="/run/netns/red"))
+    orch.apply("profile: other\nhelpers: {ftp: {}}\n", "red")
+    assert orch.warnings == ["netns blue is gone, and profile ftp with it"]
+    assert [str(p.owner) for p in orch.status().profiles] == ["profile other in netns red"]
+    orch.teardown(every_netns=True)
+    assert kernel.dump_text() == before
+
+
+def test_a_namespace_under_another_name_is_the_same(orch: Harness, kernel: FakeKernel) -> None:
+    blue = kernel.add_netns("blue")
+    orch.apply(FTP, "blue")
+    space = kernel.namespaces.pop("blue")
+    space.netns = replace(blue, label="red", path="/run/netns/red")
+    kernel.namespaces["red"] = space
+    assert orch.apply(FTP, "red").plan.is_empty
+    orch.teardown("ftp", "red")
+    assert not kernel.registrations
+
+
+def test_what_had_to_stay_goes_with_the_next_teardown(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(FTP)
+    references = kernel.namespaces[""].foreign_references
+    references.add("ftp-us")
+    orch.teardown()
+    references.clear()
+    orch.apply(TFTP)
+    orch.teardown()
+    assert not kernel.registrations
+
+
+def test_a_look_that_fails_at_the_end_is_undone(
+    orch: Harness, kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = kernel.dump_text()
+    loaded: list[str] = []
+    load = FakeRules.load
+
+    def then_blind(self: FakeRules, netns: Netns, rules: Rules) -> None:
+        load(self, netns, rules)
+        loaded.append(rules.profile)
+
+    def listing(self: FakeRules, netns: Netns, profile: str) -> None:
+        if loaded:
+            raise KernelError("list rules", profile, errno.EIO)
+
+    monkeypatch.setattr(FakeRules, "load", then_blind)
+    monkeypatch.setattr(FakeRules, "listing", listing)
+    with pytest.raises(VerifyError, match="not as declared"):
+        orch.apply(FTP)
+    assert kernel.dump_text() == before
+    loaded.clear()
+    assert not orch.status().unsettled
+
+
+def test_a_signal_during_the_last_step_still_undoes(
+    orch: Harness, kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = kernel.dump_text()
+    load = FakeRules.load
+
+    def interrupted(self: FakeRules, netns: Netns, rules: Rules) -> None:
+        load(self, netns, rules)
+        orch.signal_number = 15
+
+    monkeypatch.setattr(FakeRules, "load", interrupted)
+    with pytest.raises(Interrupted):
+        orch.apply(FTP)
+    assert kernel.dump_text() == before
+
+
 def test_death_of_the_process_disables_and_apply_mends_exactly_that(orch: Harness, kernel: FakeKernel) -> None:
     orch.apply(FTP)
     kernel.kill(next(iter(kernel.running_processes)))
@@ -225,7 +405,7 @@ def test_death_of_the_process_disables_and_apply_mends_exactly_that(orch: Harnes
     orch.apply(FTP)
     assert orch.steps == [
         "start conntrackd",
-        "put back helper ftp/ip/tcp",
+        "put back registrations",
         "enable helper ftp-us/ip/tcp",
     ]
 
@@ -331,7 +511,7 @@ def test_another_queue_restarts_behind_a_disabled_registration(orch: Harness) ->
         "update helper ftp-us/ip/tcp",
         "stop conntrackd",
         "start conntrackd",
-        "put back helper ftp/ip/tcp",
+        "put back registrations",
         "enable helper ftp-us/ip/tcp",
     ]
     assert orch.status().profiles[0].drift == ()

@@ -115,15 +115,68 @@ def test_a_failed_way_back_is_3_and_lists_what_is_left(orch: Terminal) -> None:
     assert "  left:  " in err
     code, out, _ = orch("status")
     assert code == ExitCode.DIFFERS
-    assert "was killed" in out or "half-way" in out
+    assert "apply of profile ftp in netns host was not finished" in out
 
 
-def test_a_teardown_that_leaves_something_is_3(orch: Terminal) -> None:
+def test_a_teardown_that_leaves_something_is_3_and_can_be_tried_again(orch: Terminal) -> None:
     orch("apply", orch.profile())
     orch.kernel.fail_at(4, 5)
-    code, _, err = orch("teardown")
+    code, out, err = orch("teardown")
     assert code == ExitCode.MIXED
     assert "left: unregister helper ftp/ip/tcp" in err
+    assert "Profile ftp is not wholly removed" in out
+    assert orch("status")[0] == ExitCode.DIFFERS
+    assert orch("teardown")[0] == ExitCode.OK
+    assert not orch.kernel.registrations
+
+
+def test_no_is_no(orch: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    orch("apply", orch.profile())
+    orch.kernel.namespaces[""].connections["ftp-us"] = 2
+    terminal = io.StringIO("no\n")
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stdin", terminal)
+    assert orch("teardown")[:2] == (ExitCode.DECLINED, "Nothing was changed.\n")
+
+
+def test_usage_errors_are_json_too(orch: Terminal) -> None:
+    code, out, err = orch("diff", "--json", "--no-such-option", "x")
+    assert code == ExitCode.USAGE
+    assert json.loads(out)["exit_code"] == code
+    assert "No such option" in err
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage that is no database, but long enough to be looked at closely" * 50])
+def test_a_broken_ledger_is_told(orch: Terminal, content: bytes) -> None:
+    (orch.directory / "state").mkdir()
+    (orch.directory / "state" / "ledger.sqlite").write_bytes(content)
+    assert orch("status")[:2] == (0, "Nothing is applied.\n")
+    code, _, err = orch("apply", orch.profile())
+    assert code == (0 if not content else ExitCode.FAILED)
+    assert not content or "the ledger cannot be written" in err
+
+
+def test_status_while_another_orch_works(orch: Terminal) -> None:
+    import fcntl
+
+    orch("apply", orch.profile())
+    with (orch.directory / "state" / "lock").open("a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another orch is at work right now" in orch("status")[1]
+
+
+def test_a_closed_stderr_does_not_stop_the_work(orch: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str, /) -> int:
+            raise BrokenPipeError
+
+    file = orch.profile()
+    monkeypatch.setattr(sys, "stderr", Gone())
+    assert orch("apply", "-q", file)[0] == 0
+    orch.kernel._fail = {len(orch.kernel.calls) + 2: 5}
+    before = orch.kernel.dump_text()
+    assert orch("apply", orch.profile("profile: ftp\nhelpers: {ftp: {queue: 9}}\n"))[0] == ExitCode.FAILED
+    assert orch.kernel.dump_text() == before
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def test_registrations_are_forgotten_with_their_last_user(tmp_path: Path) -> Non
 def test_a_registration_that_had_to_stay_stays_ours(tmp_path: Path) -> None:
     ledger = open_ledger(tmp_path)
     ledger.settle_applied(None, applied())
-    ledger.settle_removed(None, Owner("ftp", HOST), kept=(KEY,))
+    ledger.settle_removed(None, Owner("ftp", HOST), live=(KEY,))
     assert list(ledger.recorded()) == [KEY]
 
 

@@ -31,12 +31,13 @@ LAYERS: dict[str, set[str]] = {
     "execute": PURE | {"journal"},
     "observe": PURE | {"journal"},
     "status": PURE,
+    "reports": PURE | {"execute"},
     "fake": BASE | {"ports"},
     "kernel": BASE | {"ports", "kernel"},
     "supervise": BASE | {"ports", "supervise"},
-    "app": PURE | {"execute", "journal", "observe", "plan", "status", "kernel", "supervise"},
-    "views": PURE | {"app", "execute", "status", "views"},
-    "cli": PURE | {"app", "execute", "kernel", "profile", "render", "views"},
+    "app": PURE | {"execute", "journal", "observe", "plan", "reports", "status", "kernel", "supervise"},
+    "views": PURE | {"reports", "execute", "status", "views"},
+    "cli": PURE | {"reports", "app", "execute", "kernel", "profile", "render", "views"},
 }
 
 

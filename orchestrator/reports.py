@@ -1,0 +1,69 @@
+"""What the use cases say: how they speak while they work, and what they answer in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from orchestrator.errors import RefusedError
+from orchestrator.execute import Outcome
+from orchestrator.state import Owner, Plan, Refusal
+
+RELATED_RULE = "ct state established,related accept"
+
+
+class PlanRefusedError(RefusedError):
+    """The plan must not run; every reason is in `refusals`."""
+
+    def __init__(self, refusals: tuple[Refusal, ...]) -> None:
+        self.refusals = refusals
+        first = refusals[0]
+        super().__init__(first.what, where=first.where, hint=first.hint)
+
+
+@dataclass(frozen=True, slots=True)
+class Talk:
+    """How a use case speaks while it works: steps as they end, warnings, and a question that is answered yes or no.
+
+    `interrupted` returns the number of a signal that asked to stop, or 0.
+    """
+
+    step: Callable[[Outcome], None]
+    warn: Callable[[str], None]
+    confirm: Callable[[Plan, str], bool]
+    interrupted: Callable[[], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """What diff shows: the plan, the texts of the rules before and after, and what somebody else changed in them."""
+
+    owner: Owner
+    source: str
+    plan: Plan
+    loaded_documents: str
+    wanted_documents: str
+    baseline_listing: str
+    live_listing: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """How an apply or a teardown ended. `leftovers` is what a teardown could not take away.
+
+    `is_forgotten` tells that the ledger alone still knew the profile.
+    """
+
+    plan: Plan
+    declined: bool = False
+    leftovers: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    is_forgotten: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TeardownReport:
+    """One report per profile, and who else has something applied that was not asked for."""
+
+    reports: tuple[Report, ...]
+    others: tuple[Owner, ...]
