@@ -370,7 +370,7 @@ class App:
         """Undo what a killed command had begun, and forget profiles of namespaces whose identity is another's now."""
         self._forget_replaced(ledger)
         for unsettled in ledger.unsettled():
-            self.talk.warn(f"{unsettled.command} of {unsettled.owner} was killed half-way: undoing it")
+            self.talk.warn(f"{unsettled.command} of {unsettled.owner} was not finished: undoing it")
             steps = [(n, step) for n, (step, _) in enumerate(unsettled.begun)]
             netns = unsettled.owner.netns
             leftovers = lead_back(steps, self.system, netns, self.talk.step, undone=lambda _: None)

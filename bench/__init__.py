@@ -1,0 +1,1 @@
+"""Measurements: what orch costs, next to what people do by hand."""
