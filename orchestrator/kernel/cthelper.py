@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,9 @@ from orchestrator.kernel.modules import module_present
 from orchestrator.model import HelperKey, Registration
 
 MODULE = "nfnetlink_cthelper"
+
+_RELEASED_WITHIN_S = 2.0
+_POLL_S = 0.02
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +46,19 @@ class KernelRegistry:
         self._perform("update helper", registration.key, codec.encode_update(registration))
 
     def delete(self, key: HelperKey) -> None:
+        """Unregister. EBUSY counts only if it lasts: nf_tables lets go of the objects of a batch in a worker, after it.
+
+        Source: nf_tables_api.c, nf_tables_commit_release.
+        """
         self._require("unregister helper", key)
-        self._perform("unregister helper", key, codec.encode_delete(key))
+        deadline = time.monotonic() + _RELEASED_WITHIN_S
+        while True:
+            try:
+                return self._perform("unregister helper", key, codec.encode_delete(key))
+            except KernelError as error:
+                if error.errno != errno.EBUSY or time.monotonic() >= deadline:
+                    raise
+            time.sleep(_POLL_S)
 
     def _require(self, operation: str, key: HelperKey) -> None:
         """Raise ENOENT for a key that is not there: NEW would register it, and DEL of an empty registry answers 0.
