@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CLIENT, ROUTER, SERVER = "orch-client", "orch-router", "orch-server"
-CLIENT_IP, CLIENT_IP6 = "10.66.1.2", "fd66:1::2"
 SERVER_IP, SERVER_IP6 = "10.66.2.2", "fd66:2::2"
 CONTENT = "the transfer works\n"
 _READY_WITHIN_S = 30.0

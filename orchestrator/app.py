@@ -26,8 +26,6 @@ from orchestrator.state import (
 )
 from orchestrator.status import HostStatus, ProfileStatus, lost_profile, profile_status
 
-DEFAULT_STATE_DIR = Path("/run/orch")
-
 
 def kernel_system(state_dir: Path) -> System:
     """The adapters of the running kernel."""
@@ -104,9 +102,7 @@ class App:
         """Make the target true, or leave everything as it was. Raises PlanRefusedError before the first effect."""
         ledger = self._open(create=True)
         target = self._concrete(target)
-        with ledger.locked(
-            f"apply {desired.source}", wait_s=self.wait_s, clock=self.system.clock, interrupted=self.talk.interrupted
-        ):
+        with self._locked(ledger, f"apply {desired.source}"):
             self._settle(ledger)
             owner = self._owner(desired)
             observed, plan = self._plan(ledger, owner, target)
@@ -119,7 +115,7 @@ class App:
                 if (again.steps, again.refusals) != (plan.steps, plan.refusals):
                     raise StalePlanError("plan is stale: the system changed meanwhile", hint="run it again")
             if plan.is_empty:
-                self._remember(ledger, None, desired, target, observed)
+                self._remember(ledger, desired, target, observed)
                 return Report(plan, notes=plan.kept)
             plan = relaunchable(plan, lambda p: _launch_of(p, observed))
             tx = ledger.begin("apply", owner)
@@ -174,7 +170,7 @@ class App:
         wanted = launches(owner.profile, owner.netns, target.processes, target.documents)
         again = plan_apply(target, wanted, observed, owner)
         attached = {a.key for a in target.attachments}
-        missing = sorted(attached - (applied.baseline.helpers if applied.baseline else frozenset()))
+        missing = sorted(attached - applied.baseline.helpers)
         problems = [f"{c.subject}: {c.detail} {c.reason}".strip(": ") for c in again.changes]
         problems += [f"rules do not attach {key}" for key in missing]
         return applied, tuple(problems)
@@ -194,7 +190,7 @@ class App:
             helpers=tuple(HelperSummary(h.name, h.engine, h.keys) for h in desired.helpers),
         )
 
-    def _remember(self, ledger: Ledger, tx: int | None, desired: Desired, target: Target, observed: Observed) -> None:
+    def _remember(self, ledger: Ledger, desired: Desired, target: Target, observed: Observed) -> None:
         """Write down what is there already but the ledger does not know: it was lost, or another version wrote it."""
         applied = observed.applied
         same = applied is not None and applied.target == target and applied.source == desired.source
@@ -202,7 +198,7 @@ class App:
         if same and applied and listing and applied.baseline == listing:
             return
         applied = self._applied(desired, target, self._listing(self._owner(desired), target))
-        ledger.settle_applied(tx, applied, live=self._live_keys())
+        ledger.settle_applied(None, applied, live=self._live_keys())
 
     def _filter_notes(self, netns: Netns) -> tuple[str, ...]:
         try:
@@ -221,9 +217,7 @@ class App:
         `desired` and `target` are what the profile's file says, for its namespace and for when the ledger is lost.
         """
         ledger = self._open(create=True)
-        with ledger.locked(
-            f"teardown {wanted}".strip(), wait_s=self.wait_s, clock=self.system.clock, interrupted=self.talk.interrupted
-        ):
+        with self._locked(ledger, f"teardown {wanted}".strip()):
             self._settle(ledger)
             unrecorded = Observer(self.system, ledger).unrecorded()
             owners = (*ledger.owners(), *(owner for owner, _ in unrecorded))
