@@ -71,7 +71,9 @@ def _start(spec: dict[str, Any]) -> tuple[subprocess.Popen[bytes] | None, int]:
 
 
 def _answer(answer: dict[str, Any]) -> None:
-    print(json.dumps(answer), flush=True)
+    """Tell who started us. It may have been killed meanwhile: then we watch all the same, until the next one comes."""
+    with contextlib.suppress(OSError):
+        os.write(1, json.dumps(answer).encode() + b"\n")
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1):
         os.dup2(null, descriptor)
