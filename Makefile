@@ -4,7 +4,7 @@ KERNEL ?= 6.1
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab fmt lint type check test test-vm vm-shell demo golden bench wheel clean
+.PHONY: help setup lab fmt lint type check test test-vm vm-shell demo golden fuzz bench wheel clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -44,8 +44,12 @@ demo: lab ## FTP through a stateful router, without and with a helper; BACKEND=n
 golden: setup ## Rewrite the expected texts of the tests; review the diff
 	ORCH_UPDATE_GOLDEN=1 $(PY) -m pytest -q -m "not kernel" tests/unit
 
-bench: lab ## Control path: orch against the manual recipe, in one virtual machine
+fuzz: setup ## Random input for every parser: make fuzz ARGS="--seconds 600"
+	$(PY) -m tests.fuzz $(ARGS)
+
+bench: lab ## Control path and data path against their peers, each in one virtual machine
 	$(PY) -m bench.control --kernel $(KERNEL)
+	$(PY) -m bench.data --kernel $(KERNEL)
 
 wheel: setup ## Build the wheel into dist
 	$(PY) -m pip wheel --quiet --no-deps --wheel-dir dist .

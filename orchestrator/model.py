@@ -11,6 +11,7 @@ POLICIES_MAX = 4
 EXPECT_MAX_LIMIT = 255
 PRIV_DATA_MAX = 32
 INTERFACE_MAX_BYTES = 15
+TRIGGER_MAX_BYTES = 4
 
 _PROFILE_NAME = re.compile(r"[a-z][a-z0-9-]{0,17}")
 _HELPER_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,14}")
@@ -56,8 +57,27 @@ class Backend(StrEnum):
 class Engine(StrEnum):
     """Who inspects the packets of a helper."""
 
+    NATIVE = "native"
     CONNTRACKD = "conntrackd"
     KERNEL = "kernel"
+
+
+class Queueing(StrEnum):
+    """Who sends packets to the helper process: rules of ours, with the registration disabled, or the registration.
+
+    Without a listener, rules let a connection pass as if it had no helper; an enabled registration leaves new ones
+    unconfirmed, which a stateful filter blocks.
+    """
+
+    RULES = "rules"
+    REGISTRATION = "registration"
+
+
+class Inspect(StrEnum):
+    """Which packets rules queue: all with a payload, or only those that begin with a trigger of the helper."""
+
+    PAYLOAD = "payload"
+    TRIGGERS = "triggers"
 
 
 class Path(StrEnum):
@@ -179,6 +199,77 @@ class Attachment:
 
 
 @dataclass(frozen=True, slots=True)
+class Bounds:
+    """What an expectation may open; its destination is an end of the master connection unless `is_any_destination`."""
+
+    ports: PortRange
+    is_any_source: bool = False
+    is_any_destination: bool = False
+    is_permanent: bool = False
+
+
+LABEL_BITS = 128
+"""Label bits of a connection, shared with whoever else uses some. Source: xt_connlabel.h, XT_CONNLABEL_MAXBIT."""
+
+
+@dataclass(frozen=True, slots=True)
+class RuleQueue:
+    """How rules queue the packets of one helper (mode `rules`).
+
+    Connections attached to `keys` get the connection label bit `label` (0..127); packets with a payload of labelled
+    connections go to `queue_num`, which fails open. TCP connections whose sequence numbers were adjusted go to
+    `adjusted_queue_num`, which does not, because an ACCEPT by the kernel would adjust them twice; None without TCP.
+    `triggers` is empty if every payload is queued, else what a payload must begin with, 1 to 4 bytes each.
+    `is_multicast`: this host asks a multicast group, and its packets are queued in the output hook.
+    """
+
+    helper: str
+    keys: tuple[HelperKey, ...]
+    label: int
+    queue_num: int
+    adjusted_queue_num: int | None
+    triggers: tuple[bytes, ...] = ()
+    is_multicast: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label < LABEL_BITS:
+            raise ValueError(f"connection label must be 0..{LABEL_BITS - 1}, not {self.label}")
+        if not all(1 <= len(trigger) <= TRIGGER_MAX_BYTES for trigger in self.triggers):
+            raise ValueError(f"a trigger has 1 to {TRIGGER_MAX_BYTES} bytes")
+
+    @property
+    def queues(self) -> tuple[int, ...]:
+        return (self.queue_num,) if self.adjusted_queue_num is None else (self.queue_num, self.adjusted_queue_num)
+
+
+@dataclass(frozen=True, slots=True)
+class NativeHelper:
+    """What a native helper process is told, rendered as `helper-NAME.toml`.
+
+    `use` is what the profile calls it: one of our helpers or an installed one. `file` is the absolute path of the
+    user's own, and `sha256` what it contained when it was described (both empty otherwise). `names` are its
+    registrations' names, `queues` the numbers it binds, the first failing open; in mode rules the second does not.
+    `label` is None in mode registration. `user` is whom it runs as. `inspect` says which payloads come.
+    """
+
+    name: str
+    use: str
+    file: str
+    sha256: str
+    queueing: Queueing
+    inspect: Inspect
+    names: tuple[str, ...]
+    queues: tuple[int, ...]
+    label: int | None
+    bounds: Bounds
+    user: str
+
+
+HELPER_PROGRAM = "orch-helper"
+"""How the command line of a native helper process begins; the launcher knows which program that is."""
+
+
+@dataclass(frozen=True, slots=True)
 class ProcessSpec:
     """A helper process: `argv` runs in the runtime directory of the profile, next to `files` (documents by name).
 
@@ -222,6 +313,7 @@ class Helper:
     stock_keys: tuple[HelperKey, ...]
     attachments: tuple[Attachment, ...]
     modules: tuple[str, ...]
+    queueing: Queueing = Queueing.REGISTRATION
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +335,8 @@ class Desired:
     stock: tuple[Registration, ...]
     processes: tuple[ProcessSpec, ...]
     warnings: tuple[str, ...] = ()
+    rule_queues: tuple[RuleQueue, ...] = ()
+    natives: tuple[NativeHelper, ...] = ()
 
     @property
     def attachments(self) -> tuple[Attachment, ...]:
@@ -317,3 +411,4 @@ class Target:
     processes: tuple[ProcessSpec, ...]
     modules: tuple[str, ...]
     attachments: tuple[Attachment, ...]
+    rule_queues: tuple[RuleQueue, ...] = ()

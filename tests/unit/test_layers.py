@@ -32,6 +32,8 @@ LAYERS: dict[str, set[str]] = {
     "observe": PURE | {"journal"},
     "status": PURE,
     "reports": PURE | {"execute"},
+    "engine": set(),
+    "helpers": {"engine"},
     "fake": BASE | {"ports"},
     "kernel": BASE | {"ports", "kernel"},
     "supervise": BASE | {"ports", "supervise"},

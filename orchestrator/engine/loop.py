@@ -1,0 +1,362 @@
+"""The packet loop: reads packets of all queues on one socket, in order, and answers each with what the inspector says.
+
+Whatever happens to one packet, it gets a verdict and the next one is read.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback  # here, because a process that has dropped its privileges may not be able to read the module
+from collections.abc import Callable, Iterable
+from time import monotonic_ns
+from types import TracebackType
+from typing import Protocol
+
+from orchestrator.engine import netlink, nfqueue
+from orchestrator.engine.counters import Counters, Page
+from orchestrator.engine.ctnetlink import Client
+from orchestrator.engine.netlink import DecodeError
+from orchestrator.engine.nfqueue import Change, Packet
+
+RECEIVE_BUFFER = 8 << 20
+"""Bytes of waiting packets that the queue socket has room for: the default holds 166 of them."""
+
+BATCH = 32
+"""Most packets that are read and answered at once; the first of them waits for the last."""
+
+_SLOT = 65536 + 4096  # the largest packet, and the attributes before it
+_PATIENCE_MAX = 16  # packets that are read one by one before the next look whether more wait
+_TRACEBACK_PLACES = 64
+_TRACEBACK_INTERVAL_NS = 1_000_000_000
+_STOP = 0xFFFFFFFF  # sequence number; those of bindings are queue number + 1, those of verdicts 0
+
+
+class Outcome(Protocol):
+    """What an inspector says about a packet; `after` are requests to ctnetlink once the verdict was given."""
+
+    @property
+    def verdict(self) -> int: ...
+    @property
+    def change(self) -> Change | None: ...
+    @property
+    def after(self) -> tuple[bytes, ...]: ...
+    @property
+    def made(self) -> tuple[object, ...]: ...
+    @property
+    def rewritten(self) -> tuple[object, ...]: ...
+    @property
+    def refused(self) -> tuple[str, ...]: ...
+    @property
+    def error(self) -> Exception | None: ...
+
+
+class Inspector(Protocol):
+    def inspect(self, packet: Packet) -> Outcome: ...
+
+    def drained(self) -> None:
+        """Every packet read from now on was queued after the last verdict."""
+
+
+class Answers:
+    """Verdicts that wait to be sent together. A request to ctnetlink goes after them, and sees what they changed.
+
+    It would be wrong before them: the kernel adjusts the sequence number of a packet when it gets its verdict, and
+    what the verdict says of a connection must not undo what is younger.
+    """
+
+    def __init__(self, queue_socket: socket.socket, control: Client, counters: Counters) -> None:
+        self._socket = queue_socket
+        self._control = control
+        self._counters = counters
+        self._waiting: list[bytes] = []
+
+    def add(self, answer: bytes) -> None:
+        self._counters.packets += 1
+        self._waiting.append(answer)
+
+    def request(self, message: bytes) -> int:
+        """The errno of the kernel, 0 for done."""
+        self.send()
+        return self._control.request(message)
+
+    def send(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return
+        try:
+            self._socket.send(b"".join(waiting))
+        except OSError:  # rewritten packets of a batch can exceed the send buffer together
+            for answer in waiting:
+                self._send_alone(answer)
+
+    def _send_alone(self, answer: bytes) -> None:
+        try:
+            self._socket.send(answer)
+        except OSError:
+            self._counters.kernel_errors += 1
+
+
+class Loop:
+    """Serves the queues that were bound with `bind`, until `stop`.
+
+    While packets come one by one, each is read and answered with two system calls. As soon as they wait, all are read
+    at once (recvmmsg) and answered with one message. The inspector makes its requests through the same `answers`.
+    `accept_verdict` is for a packet whose inspection failed.
+    """
+
+    def __init__(
+        self,
+        queue_socket: socket.socket,
+        answers: Answers,
+        inspector: Inspector,
+        page: Page,
+        *,
+        accept_verdict: Callable[[Packet], int],
+    ) -> None:
+        self._socket = queue_socket
+        self._answers = answers
+        self._inspector = inspector
+        self._inspect = inspector.inspect
+        self._decode = nfqueue.Decoder().decode
+        self._accept_verdict = accept_verdict
+        self._page = page
+        self._counters = page.counters
+        self._slots = _Slots(queue_socket)
+        self._after: list[bytes] = []
+        self._bound: dict[int, int] = {}
+        self._is_stopping = False
+        self._tracebacks = _Tracebacks()
+
+    def bind(self, queue_num: int, *, is_fail_open: bool, max_len: int) -> None:
+        """Bind a queue; packets that come meanwhile are served. Raises OSError: EPERM if another socket holds it."""
+        sequence = queue_num + 1
+        self._socket.send(
+            nfqueue.encode_config(queue_num, is_fail_open=is_fail_open, max_len=max_len, sequence=sequence)
+        )
+        while sequence not in self._bound:
+            self._serve([self._slots.receive()])
+        number = self._bound.pop(sequence)
+        if number:
+            raise OSError(number, os.strerror(number))
+
+    def run(self) -> None:
+        """Serve until `stop` was called and everything was answered that waited then. Raises OSError."""
+        alone, patience, deepest = 0, 1, 0
+        while not self._is_stopping:
+            if alone < patience:
+                alone += 1
+                self._serve([self._slots.receive()])
+            elif waiting := self._slots.receive_waiting():
+                deepest = max(deepest, len(waiting))
+                self._serve(waiting)
+            else:
+                self._inspector.drained()
+                patience = 1 if deepest > 1 else min(2 * patience, _PATIENCE_MAX)
+                alone = deepest = 0
+        self._count_losses()
+
+    def stop(self) -> None:
+        """End `run`, from any thread: the kernel answers this request on the queue socket, after all that waits."""
+        flags = netlink.NLM_F_REQUEST | netlink.NLM_F_ACK
+        self._socket.send(netlink.message(netlink.NLMSG_NOOP, b"", flags=flags, sequence=_STOP))
+
+    def _serve(self, messages: list[memoryview]) -> None:
+        started = monotonic_ns()
+        for message in messages:
+            self._answer(message)
+        self._answers.send()
+        if self._after:
+            self._request_after()
+        if len(messages) == BATCH:  # an overrun leaves a full socket behind
+            self._count_losses()
+        ended = monotonic_ns()
+        counters = self._counters
+        counters.batches += 1
+        counters.busy_ns += ended - started
+        self._page.beat(ended)
+
+    def _answer(self, message: memoryview) -> None:
+        """Answer a packet with a verdict, and take any other message for what it is."""
+        try:
+            packet = self._decode(message)
+        except DecodeError:
+            self._answer_other(message)
+            return
+        try:
+            outcome = self._inspect(packet)
+            answer = nfqueue.encode_verdict(packet, outcome.verdict, outcome.change)
+        except Exception as error:  # noqa: BLE001 (whatever is wrong with one packet, the others must go on)
+            self._note(error)
+            self._answers.add(nfqueue.encode_verdict(packet, self._accept_verdict(packet)))
+            return
+        self._answers.add(answer)
+        if outcome.made or outcome.refused or outcome.rewritten or outcome.error or outcome.after:
+            self._count(outcome)
+
+    def _answer_other(self, message: memoryview) -> None:
+        answer = netlink.answer(message)
+        if answer is not None:
+            self._take_answer(*answer)
+            return
+        self._counters.parse_errors += 1
+        identity = nfqueue.identify(message)
+        if identity:
+            self._answers.add(nfqueue.encode_plain_verdict(*identity, nfqueue.ACCEPT))
+
+    def _take_answer(self, sequence: int, number: int) -> None:
+        if sequence == _STOP:
+            self._is_stopping = True
+        elif sequence:
+            self._bound[sequence] = number
+        elif number == errno.ENOENT:
+            self._counters.stale += 1
+        else:
+            self._counters.kernel_errors += 1
+
+    def _request_after(self) -> None:
+        requests, self._after = self._after, []
+        self._counters.kernel_errors += sum(self._answers.request(request) != 0 for request in requests)
+
+    def _count(self, outcome: Outcome) -> None:
+        counters = self._counters
+        counters.expectations += len(outcome.made)
+        counters.refused += len(outcome.refused)
+        counters.rewritten += len(outcome.rewritten)
+        self._after += outcome.after
+        if outcome.refused:
+            self._page.note(f"refused: {outcome.refused[-1]}")
+        if outcome.error is not None:
+            self._note(outcome.error)
+
+    def _count_losses(self) -> None:
+        self._counters.overruns = netlink.lost_messages(self._socket)
+        self._counters.truncated = self._slots.truncated
+
+    def _note(self, error: Exception) -> None:
+        self._counters.exceptions += 1
+        self._page.note(f"{type(error).__name__}: {error}")
+        self._tracebacks.print(error)
+
+
+class _Tracebacks:
+    """Prints an exception once for each place in the code that raised it, and at most one in a second."""
+
+    def __init__(self) -> None:
+        self._seen: set[tuple[str, int]] = set()
+        self._next_ns = 0
+
+    def print(self, error: Exception) -> None:
+        now = monotonic_ns()
+        place = _place(error.__traceback__)
+        if place in self._seen or len(self._seen) >= _TRACEBACK_PLACES or now < self._next_ns:
+            return
+        self._seen.add(place)
+        self._next_ns = now + _TRACEBACK_INTERVAL_NS
+        sys.stderr.write("".join(traceback.format_exception(error)))
+        sys.stderr.flush()
+
+
+def _place(trace: TracebackType | None) -> tuple[str, int]:
+    place = ("", 0)
+    while trace is not None:
+        place = (trace.tb_frame.f_code.co_filename, trace.tb_lineno)
+        trace = trace.tb_next
+    return place
+
+
+def stop_on(loop: Loop, signals: Iterable[signal.Signals]) -> None:
+    """Make these signals stop the loop. Call it in the main thread, after privileges were dropped.
+
+    A handler would come too late: a signal between Python's last look for one and the system call does not end it.
+    """
+    awaited = frozenset(signals)
+    signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
+
+    def wait() -> None:
+        signal.sigwait(awaited)
+        loop.stop()
+
+    threading.Thread(target=wait, name="stop", daemon=True).start()
+
+
+# -- receiving ---------------------------------------------------------------------------------------------------------
+
+
+class _IoVec(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+class _Header(ctypes.Structure):
+    """struct msghdr, recvmsg(2)."""
+
+    _fields_ = (
+        ("name", ctypes.c_void_p),
+        ("name_length", ctypes.c_uint),
+        ("vector", ctypes.POINTER(_IoVec)),
+        ("vector_length", ctypes.c_size_t),
+        ("control", ctypes.c_void_p),
+        ("control_length", ctypes.c_size_t),
+        ("flags", ctypes.c_int),
+    )
+
+
+class _Message(ctypes.Structure):
+    """struct mmsghdr, recvmmsg(2)."""
+
+    _fields_ = (("header", _Header), ("length", ctypes.c_uint))
+
+
+class _Slots:
+    """Buffers for a batch of messages, each for the largest; a call overwrites what the one before it read."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        memory = mmap.mmap(-1, BATCH * _SLOT)  # zero pages until they are needed, which is the first of a slot mostly
+        view = memoryview(memory)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        self.truncated = 0
+        self._views = [view[at : at + _SLOT] for at in range(0, BATCH * _SLOT, _SLOT)]
+        self._vectors = [_IoVec(start + at, _SLOT) for at in range(0, BATCH * _SLOT, _SLOT)]
+        self._messages = (_Message * BATCH)()
+        for message, vector in zip(self._messages, self._vectors, strict=True):
+            message.header.vector, message.header.vector_length = ctypes.pointer(vector), 1
+        words = memoryview(self._messages).cast("B").cast("I")
+        self._lengths = words[_Message.length.offset // words.itemsize :: ctypes.sizeof(_Message) // words.itemsize]
+        self._channel = channel
+        self._recvmmsg = ctypes.CDLL(None, use_errno=True).recvmmsg
+        self._recvmmsg.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int, ctypes.c_void_p)
+        self._arguments = (
+            *(channel.fileno(), ctypes.addressof(self._messages), BATCH),
+            *(socket.MSG_DONTWAIT | socket.MSG_TRUNC, None),
+        )
+
+    def receive(self) -> memoryview:
+        """Wait for one message. Raises OSError."""
+        slot = self._views[0]
+        length = self._channel.recv_into(slot, 0, socket.MSG_TRUNC)
+        return slot[:length] if length <= _SLOT else self._cut(slot)
+
+    def receive_waiting(self) -> list[memoryview]:
+        """All messages that wait, as far as there are slots; an empty list if none does. Raises OSError."""
+        count = self._recvmmsg(*self._arguments)
+        if count < 0:
+            number = ctypes.get_errno()
+            if number in (errno.EAGAIN, errno.EINTR):
+                return []
+            raise OSError(number, os.strerror(number))
+        lengths = self._lengths[:count].tolist()
+        return [
+            slot[:length] if length <= _SLOT else self._cut(slot)
+            for slot, length in zip(self._views, lengths, strict=False)
+        ]
+
+    def _cut(self, slot: memoryview) -> memoryview:
+        """A message that was longer than its slot (MSG_TRUNC tells its real length)."""
+        self.truncated += 1
+        return slot

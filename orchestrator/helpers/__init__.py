@@ -1,0 +1,1 @@
+"""Our own helpers, one file per protocol, written against orchestrator.engine.api like anybody's."""
