@@ -54,7 +54,9 @@ class Recipe:
     attached: re.Pattern[str]
 
 
-def by_orch(backend: str, attachments: int, *, orch: str, directory: Path, netns: str, engine: str = "") -> Recipe:
+def by_orch(
+    backend: str, attachments: int, *, orch: str, directory: Path, netns: str, engine: str = "conntrackd"
+) -> Recipe:
     """What a user of orch types, with the profile written to `directory`."""
     profile = directory / "profile.yaml"
     profile.write_text(profile_text(backend, attachments, engine=engine))
@@ -98,14 +100,14 @@ def by_hand(backend: str, attachments: int, *, directory: Path) -> Recipe:
     )
 
 
-def profile_text(backend: str, attachments: int, *, engine: str = "") -> str:
+def profile_text(backend: str, attachments: int, *, engine: str) -> str:
     """A profile with one attach entry for each attachment."""
     entries = "".join(
         f"      - path: incoming\n        ports: {port}\n        saddr: {prefix}\n"
         for prefix, port in _customers(attachments)
     )
-    chosen = f"    engine: {engine}\n" if engine else ""
-    return f"profile: bench\nbackend: {backend}\nfamilies: ip\nhelpers:\n  ftp:\n{chosen}    attach:\n{entries}"
+    head = f"profile: bench\nbackend: {backend}\nfamilies: ip\n"
+    return f"{head}helpers:\n  ftp:\n    engine: {engine}\n    attach:\n{entries}"
 
 
 def nft_text(attachments: int) -> str:

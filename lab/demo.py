@@ -1,4 +1,4 @@
-"""The main job where everybody can watch it: FTP through a stateful router, without and with a helper.
+"""The main job where everybody can watch it: FTP through a stateful router without a helper, with it, and with NAT.
 
 python3 -m lab.demo [--backend nftables|iptables]; in a virtual machine where this kernel lacks nfnetlink_cthelper.
 Everything happens in namespaces of its own and in a state directory of its own; nothing is left.
@@ -14,10 +14,18 @@ from pathlib import Path
 
 from lab import topology
 from lab.layout import REPOSITORY, Kernel, LabError
-from lab.topology import ACTIVE, PASSIVE, ROUTER
+from lab.nat import OUTSIDE_IP, SERVICE_IP, Nat, load_nat
+from lab.topology import ACTIVE, EXTENDED_ACTIVE, EXTENDED_PASSIVE, PASSIVE, ROUTER
 from lab.vm import boot
 
 PROFILE = REPOSITORY / "profiles/ftp.yaml"
+
+# Command lines of everything that orch starts and leaves running.
+PROCESSES = "conntrackd|supervise/runner.py|engine/process.py"
+
+# Options of curl by what it then asks for. On IPv6 the extended ones are all there are.
+EXTENDED = {"EPSV": EXTENDED_PASSIVE, "EPRT": EXTENDED_ACTIVE}
+MODES = {False: {"PASV": PASSIVE, "PORT": ACTIVE, **EXTENDED}, True: EXTENDED}
 
 
 def main() -> int:
@@ -71,21 +79,24 @@ class Demo:
         self.title("a client, a router and a server; the router drops all but port 21 and what belongs to it")
         with topology.routed(), topology.servers():
             topology.load_filter(ROUTER, topology.ROUTER_FILTER)
+            load_nat(Nat.NONE)
             print("    " + topology.ROUTER_FILTER.strip().replace("\n", "\n    "))
             before = self.system()
             self.title("without a helper: FTP hangs, the router knows nothing of the data connection")
-            self.transfer("passive", PASSIVE, works=False)
-            self.transfer("active", ACTIVE, works=False)
+            self.transfer("PASV", Nat.NONE, ip6=False, works=False)
+            self.transfer("EPSV", Nat.NONE, ip6=True, works=False)
             profile = self.profile()
             self.orch("apply", profile, "--netns", ROUTER)
             self.rules()
-            self.title("the same transfers")
             with topology.expectation_events(ROUTER) as events:
-                self.transfer("passive", PASSIVE, works=True)
-                self.transfer("active", ACTIVE, works=True)
+                self.title("with it, on IPv4 and IPv6, in every mode")
+                transfers = self.transfers(Nat.NONE)
+                self.title(f"behind NAT: the server sees {OUTSIDE_IP} as its client, the client {SERVICE_IP} as server")
+                transfers += self.transfers(Nat.BOTH)
+            load_nat(Nat.NONE)
             self.title("the expectations that came (conntrack -E expect)")
             print("    " + "\n    ".join(events))
-            self.check(sum("[NEW]" in line for line in events) >= 2, "expectations were seen")
+            self.check(sum("[NEW]" in line for line in events) >= transfers, "every transfer was expected")
             self.orch("status")
             self.orch("diff", profile, "--netns", ROUTER)
             self.orch("apply", profile, "--netns", ROUTER)
@@ -97,6 +108,14 @@ class Demo:
             self.check(after == before, "the system is as it was before")
         print(f"\n{'The demo failed: ' + '; '.join(self.failures) if self.failures else 'The demo went as it should.'}")
         return 1 if self.failures else 0
+
+    def transfers(self, nat: Nat) -> int:
+        """Fetch the file in every mode; returns how many there are."""
+        load_nat(nat)
+        for ip6, modes in MODES.items():
+            for mode in modes:
+                self.transfer(mode, nat, ip6=ip6, works=True)
+        return sum(map(len, MODES.values()))
 
     def title(self, text: str) -> None:
         print(f"\n== {text}", flush=True)
@@ -129,11 +148,12 @@ class Demo:
         self.title(" ".join(argv))
         print("    " + topology.inside(ROUTER, *argv).stdout.strip().replace("\n", "\n    "), flush=True)
 
-    def transfer(self, mode: str, options: tuple[str, ...], *, works: bool) -> None:
-        done = topology.ftp(*options)
+    def transfer(self, mode: str, nat: Nat, *, ip6: bool, works: bool) -> None:
+        done = topology.ftp(*MODES[ip6][mode], address=nat.server(ip6=ip6))
         is_done = done.returncode == 0 and done.stdout == topology.CONTENT
-        print(f"    curl, {mode} FTP: {done.stdout.strip() or done.stderr.strip()}", flush=True)
-        self.check(is_done is works, f"{mode} FTP {'works' if works else 'hangs'}")
+        family = "IPv6" if ip6 else "IPv4"
+        print(f"    curl, {family}, {mode}: {done.stdout.strip() or done.stderr.strip()}", flush=True)
+        self.check(is_done is works, f"{mode} on {family} with NAT {nat} {'works' if works else 'hangs'}")
 
     def system(self) -> str:
         """Everything that orch touches, as text: equal texts mean that nothing is left."""
@@ -141,7 +161,7 @@ class Demo:
             "helpers": lambda: topology.run("nfct", "helper", "list", check=False).stdout,
             "rules": lambda: topology.ruleset(ROUTER),
             "queues": lambda: topology.inside(ROUTER, "cat", "/proc/net/netfilter/nfnetlink_queue", check=False).stdout,
-            "processes": lambda: topology.run("pgrep", "-a", "conntrackd", check=False).stdout,
+            "processes": lambda: topology.run("pgrep", "-af", PROCESSES, check=False).stdout,
         }
         return "\n".join(f"{name}: {look().strip()}" for name, look in looks.items())
 

@@ -17,9 +17,10 @@ DEBIAN = "http://deb.debian.org/debian"
 SECURITY = "http://deb.debian.org/debian-security"
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
-# What demo and tests run, unpacked even if the host has it: the host may lose it again. vsftpd and tftpd-hpa are
-# servers, and no package script ever starts them here. busybox-static is for the initramfs that virtme-ng builds.
+# What demo and tests run, unpacked even if the host has it: the host may lose it again. Some are servers, and no
+# package script ever starts them here. busybox-static is for the initramfs that virtme-ng builds.
 SYSROOT_PACKAGES = (
+    "atftp",
     "busybox-static",
     "conntrack",
     "conntrackd",
@@ -35,15 +36,21 @@ SYSROOT_PACKAGES = (
     "libnftnl11",
     "libpcap0.8",
     "libwrap0",
+    "ncftp",
     "nfct",
     "nftables",
+    "python3-pyftpdlib",
     "tcpdump",
     "tftp-hpa",
     "tftpd-hpa",
+    "tnftp",
     "vsftpd",
+    "wget",
 )
+# Servers that refuse to be installed beside one of the above; unpacked they have no file in common.
+SYSROOT_RIVALS = ("atftpd", "proftpd-core")
 # Common tools, unpacked with what they need only if the host has none.
-SYSROOT_PACKAGES_IF_MISSING = ("curl", "iproute2", "kmod", "procps")
+SYSROOT_PACKAGES_IF_MISSING = ("curl", "iproute2", "kmod", "openssl", "procps")
 
 # Debian's kernels were one package until 7.x and are several since; these parts make up what we boot.
 KERNEL_PART = re.compile(r"linux-(image|binary|modules|base)-\d")
@@ -134,11 +141,12 @@ class PrivateApt:
         self._run(["apt-get", "-qq", "download", *packages], cwd=self.archives)
         return self._debs()
 
-    def download_missing(self, packages: Sequence[str]) -> list[Path]:
-        """Download what installing these packages would add to the recorded dpkg status, and nothing it has."""
+    def download_missing(self, *groups: Sequence[str]) -> list[Path]:
+        """Download what installing each group would add to the recorded dpkg status, and nothing it has."""
         self._clear_archives()
         choices = ("--download-only", "--fix-broken", "--no-install-recommends", "--no-upgrade")
-        self._run(["apt-get", "-qq", "-y", "install", *choices, *packages])
+        for packages in groups:
+            self._run(["apt-get", "-qq", "-y", "install", *choices, *packages])
         return self._debs()
 
     def _depends(self, package: str) -> list[str]:
@@ -193,16 +201,24 @@ def unpack_kernel(debs: Iterable[Path], target: Path) -> None:
 
 
 def fetch_sysroot() -> None:
-    if SYSROOT_PACKAGES_FILE.exists():
-        say(f"sysroot: {len(SYSROOT_PACKAGES_FILE.read_text().splitlines())} packages are here already")
+    here, wanted = sysroot_packages(), (*SYSROOT_PACKAGES, *SYSROOT_RIVALS)
+    if here.issuperset(wanted):
+        say(f"sysroot: {len(here)} packages are here already")
         return
     # The host's own release, because programs and libraries of the two trees are mixed.
-    apt = PrivateApt("sysroot", release_suites(host_codename()), dpkg_status=host_status_without(SYSROOT_PACKAGES))
+    apt = PrivateApt("sysroot", release_suites(host_codename()), dpkg_status=host_status_without(wanted))
     apt.update()
-    debs = apt.download_missing([*SYSROOT_PACKAGES, *SYSROOT_PACKAGES_IF_MISSING])
+    debs = apt.download_missing([*SYSROOT_PACKAGES, *SYSROOT_PACKAGES_IF_MISSING], SYSROOT_RIVALS)
     replace_directory(SYSROOT, lambda target: unpack_sysroot(debs, target))
     shutil.rmtree(apt.archives)
     say(f"sysroot: {len(debs)} packages unpacked into {SYSROOT}")
+
+
+def sysroot_packages() -> set[str]:
+    """Names of the packages in the sysroot; empty if there is none."""
+    if not SYSROOT_PACKAGES_FILE.exists():
+        return set()
+    return {line.partition(" ")[0] for line in SYSROOT_PACKAGES_FILE.read_text().splitlines()}
 
 
 def unpack_sysroot(debs: Sequence[Path], target: Path) -> None:

@@ -1,6 +1,7 @@
 """A client, a router and a server in three network namespaces, with real FTP and TFTP servers; nothing of it stays.
 
 client 10.66.1.2, fd66:1::2  --  10.66.1.1 router 10.66.2.1  --  server 10.66.2.2, fd66:2::2
+The router also has the addresses that lab.nat translates to: 10.66.1.101 and 10.66.2.101, fd66:1::101 and fd66:2::101.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CLIENT, ROUTER, SERVER = "orch-client", "orch-router", "orch-server"
+CLIENT_IP, CLIENT_IP6 = "10.66.1.2", "fd66:1::2"
 SERVER_IP, SERVER_IP6 = "10.66.2.2", "fd66:2::2"
 CONTENT = "the transfer works\n"
 _READY_WITHIN_S = 30.0
@@ -25,8 +27,8 @@ table inet filter {
     chain forward {
         type filter hook forward priority filter; policy drop;
         ct state established,related accept
-        ct state new tcp dport { 21, 2121 } accept
-        ct state new udp dport 69 accept
+        ct state new tcp dport { 21, 2121-2123 } accept
+        ct state new udp dport { 69, 1069 } accept
     }
 }
 """
@@ -74,6 +76,10 @@ def routed() -> Iterator[None]:
             inside(name, "ip", "link", "set", "lo", "up")
         _link(CLIENT, "10.66.1.2/24", "fd66:1::2/64", ROUTER, "lan0", "10.66.1.1/24", "fd66:1::1/64")
         _link(SERVER, "10.66.2.2/24", "fd66:2::2/64", ROUTER, "wan0", "10.66.2.1/24", "fd66:2::1/64")
+        for address in ("10.66.1.101/32", "fd66:1::101/128"):
+            inside(ROUTER, "ip", "address", "add", address, "dev", "lan0")
+        for address in ("10.66.2.101/32", "fd66:2::101/128"):
+            inside(ROUTER, "ip", "address", "add", address, "dev", "wan0")
         for key in ("net.ipv4.ip_forward", "net.ipv6.conf.all.forwarding"):
             inside(ROUTER, "sysctl", "-qw", f"{key}=1")
         for name, via, via6 in ((CLIENT, "10.66.1.1", "fd66:1::1"), (SERVER, "10.66.2.1", "fd66:2::1")):
@@ -120,21 +126,22 @@ def servers(netns: str = SERVER) -> Iterator[Servers]:
         directory = Path(name)
         directory.chmod(0o755)
         public, empty = directory / "public", directory / "empty"
-        for path in (public, empty):
+        for path in (public, public / "incoming", empty):
             path.mkdir()
+        (public / "incoming").chmod(0o777)
         (public / "file").write_text(CONTENT)
         config = directory / "vsftpd.conf"
-        config.write_text(_vsftpd_config(public, empty))
-        stack.enter_context(_daemon(netns, "vsftpd", str(config)))
-        stack.enter_context(
-            _daemon(netns, "in.tftpd", "--foreground", "--user", "nobody", "--secure", str(public), "--address", ":69")
-        )
-        _wait_listening(netns, "tcp6", 21)
-        _wait_listening(netns, "udp6", 69)
+        config.write_text(vsftpd_config(public, empty))
+        stack.enter_context(daemon(netns, "vsftpd", str(config)))
+        tftpd = ("in.tftpd", "-L", "-c", "-u", "nobody", "-a", ":69", "-s", str(public))
+        stack.enter_context(daemon(netns, *tftpd))
+        wait_listening(netns, "tcp6", 21)
+        wait_listening(netns, "udp6", 69)
         yield Servers(public)
 
 
-def _vsftpd_config(public: Path, empty: Path) -> str:
+def vsftpd_config(public: Path, empty: Path) -> str:
+    """Anonymous access to a directory, without a user of its own and without a sandbox that new kernels break."""
     return "\n".join(
         (
             "listen=NO",
@@ -155,7 +162,8 @@ def _vsftpd_config(public: Path, empty: Path) -> str:
 
 
 @contextlib.contextmanager
-def _daemon(netns: str, *argv: str) -> Iterator[None]:
+def daemon(netns: str, *argv: str) -> Iterator[None]:
+    """Run a program in a namespace for as long as the block runs."""
     process = subprocess.Popen(
         ["ip", "netns", "exec", netns, *argv],
         stdin=subprocess.DEVNULL,
@@ -169,7 +177,7 @@ def _daemon(netns: str, *argv: str) -> Iterator[None]:
         process.wait()
 
 
-def _wait_listening(netns: str, table: str, port: int) -> None:
+def wait_listening(netns: str, table: str, port: int) -> None:
     """Wait until somebody listens (tcp) or is bound (udp); 0A is TCP_LISTEN, 07 an unconnected UDP socket."""
     state = "0A" if table.startswith("tcp") else "07"
     deadline = time.monotonic() + _READY_WITHIN_S
