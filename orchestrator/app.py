@@ -19,6 +19,7 @@ from orchestrator.reports import Difference, PlanRefusedError, Report, Talk, Tea
 from orchestrator.state import (
     Applied,
     DeleteRegistration,
+    DrainQueues,
     HelperSummary,
     Observed,
     Owner,
@@ -122,7 +123,9 @@ class App:
             execution = Execution(self.system, ledger, plan, tx, self.talk.step, self.talk.interrupted)
             self._run(execution, ledger, tx)
             self._verify(execution, ledger, tx, desired, target)
-            return Report(plan, notes=(*plan.kept, *self._filter_notes(owner.netns)))
+            return Report(
+                plan, notes=(*plan.kept, *self._filter_notes(owner.netns), *self._queue_notes(owner.netns, target))
+            )
 
     def _plan(self, ledger: Ledger, owner: Owner, target: Target) -> tuple[Observed, Plan]:
         observer = Observer(self.system, ledger)
@@ -207,6 +210,17 @@ class App:
             return (f"the filter rules could not be looked at: {error}",)
         return tuple(f"{chain} drops, and has no rule that accepts what helpers expect" for chain in missing)
 
+    def _queue_notes(self, netns: Netns, target: Target) -> tuple[str, ...]:
+        if not target.registrations:
+            return ()
+        try:
+            foreign = self.system.host.foreign_queues(netns)
+        except EXPECTED as error:
+            return (f"the rules of others could not be looked at: {error}",)
+        return tuple(
+            f"{chain} queues packets too: helped connections that it queues lose source NAT" for chain in foreign
+        )
+
     # -- teardown -----------------------------------------------------------------------------------------------------
 
     def teardown(
@@ -219,8 +233,7 @@ class App:
         ledger = self._open(create=True)
         with self._locked(ledger, f"teardown {wanted}".strip()):
             self._settle(ledger)
-            unrecorded = Observer(self.system, ledger).unrecorded()
-            owners = (*ledger.owners(), *(owner for owner, _ in unrecorded))
+            owners = (*ledger.owners(), *Observer(self.system, ledger).strays())
             everything = {(o.profile, o.netns.identity): o for o in owners}
             if desired is not None and not every_netns:
                 owner = self._owner(desired)
@@ -281,9 +294,8 @@ class App:
         release = self.system.host.kernel_release()
         if _version(release) >= (7, 3):
             return ()
-        ours = {
-            q for step in plan.steps if isinstance(step, DeleteRegistration) for q in (step.registration.queue_num,)
-        }
+        ours = {step.registration.queue_num for step in plan.steps if isinstance(step, DeleteRegistration)}
+        ours |= {number for step in plan.steps if isinstance(step, DrainQueues) for number in step.queues}
         foreign = [
             f"queue {row.queue_num} of {self.system.host.process_name(row.port_id)} in netns {netns}"
             for netns in self.system.host.known_netns()
@@ -306,7 +318,7 @@ class App:
 
         return HostStatus(
             profiles=tuple(self._profile_status(ledger, a) for a in ledger.applied() if is_wanted(a.owner)),
-            unknown=tuple(o for o, _ in Observer(self.system, ledger).unrecorded() if is_wanted(o)),
+            unknown=tuple(filter(is_wanted, Observer(self.system, ledger).strays())),
             unsettled=() if ledger.is_locked() else tuple(f"{u.command} of {u.owner}" for u in ledger.unsettled()),
             working=ledger.is_locked(),
         )

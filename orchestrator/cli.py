@@ -193,10 +193,11 @@ def _is_coloured(colour: Colour, stream: Any) -> bool:
 
 def _load(profile: str) -> Desired:
     from orchestrator import profile as profiles
+    from orchestrator.supervise.describe import describe
 
     if profile == "-":
-        return profiles.load(sys.stdin.buffer.read(), "<stdin>")
-    return profiles.load_file(Path(profile))
+        return profiles.load(sys.stdin.buffer.read(), "<stdin>", describe)
+    return profiles.load_file(Path(profile), describe)
 
 
 def _target(desired: Desired, templates: Path | None) -> Target:
@@ -432,6 +433,94 @@ def helpers(
     session = _session("helpers", is_json, colour, verbose, is_quiet)
     rows = view.rows(KernelHost())
     return session.result(ExitCode.OK, view.text(rows), helpers=view.value(rows))
+
+
+@cli.command(epilog="orch replay ftp capture.pcap; orch replay ./steam.py capture.pcapng -v")
+def replay(
+    helper: Annotated[
+        str,
+        typer.Argument(metavar="HELPER", help="A helper of ours, an installed one, or the path of your own file."),
+    ],
+    capture: Annotated[str, typer.Argument(metavar="CAPTURE", help="pcap or pcapng file; - reads standard input.")],
+    ports: Annotated[
+        list[int] | None,
+        typer.Option("--port", envvar="ORCH_PORT", min=1, max=65535, help="Port of the server; repeat for more."),
+    ] = None,
+    snat: Annotated[
+        str, typer.Option("--snat", envvar="ORCH_SNAT", metavar="ADDRESS", help="What the server sees as the client.")
+    ] = "",
+    dnat: Annotated[
+        str, typer.Option("--dnat", envvar="ORCH_DNAT", metavar="ADDRESS", help="What the client sees as the server.")
+    ] = "",
+    guard_ports: Annotated[
+        str,
+        typer.Option("--guard-ports", envvar="ORCH_GUARD_PORTS", metavar="A-B", help="Ports that may be expected."),
+    ] = "",
+    is_any_source: Annotated[
+        bool, typer.Option("--any-source", envvar="ORCH_ANY_SOURCE", help="Anybody may open what is expected.")
+    ] = False,
+    is_any_destination: Annotated[
+        bool, typer.Option("--any-destination", envvar="ORCH_ANY_DESTINATION", help="It may lead to any host.")
+    ] = False,
+    is_permanent: Annotated[
+        bool, typer.Option("--permanent", envvar="ORCH_PERMANENT", help="It may stay after it was used.")
+    ] = False,
+    is_json: JsonOption = False,
+    colour: ColourOption = Colour.AUTO,
+    verbose: VerboseOption = 0,
+    is_quiet: QuietOption = False,
+) -> ExitCode:
+    """Run a helper over a capture and print what it expects; needs no privilege and no kernel."""
+    from orchestrator import replay as replays
+    from orchestrator.replay.report import PacketReport, Request
+    from orchestrator.views import replay as view
+
+    session = _session("replay", is_json, colour, verbose, is_quiet)
+    request = Request(
+        kind="file" if "/" in helper else "named",
+        name=helper,
+        ports=tuple(ports or ()),
+        snat=_address("--snat", snat),
+        dnat=_address("--dnat", dnat),
+        ports_expected=_ports("--guard-ports", guard_ports),
+        is_any_source=is_any_source,
+        is_any_destination=is_any_destination,
+        is_permanent=is_permanent,
+        is_verbose=verbose > 0,
+    )
+    code = ExitCode.FAILED
+    paint = session.paint(sys.stdout)
+    with contextlib.closing(replays.run(request, capture)) as lines:
+        for line in lines:
+            if not isinstance(line, PacketReport):
+                for warning in line.warnings:
+                    session.warn(warning)
+                code = session.result(ExitCode.OK, view.summary_text(line), summary=view.value(line))
+            elif is_json:
+                session.write(view.packet_line(line))
+            elif not is_quiet:
+                session.write(view.packet_text(line, paint))
+    return code
+
+
+def _address(option: str, text: str) -> str:
+    import ipaddress
+
+    try:
+        return str(ipaddress.ip_address(text)) if text else ""
+    except ValueError:
+        raise UsageError(f"{option} takes an address, not {text!r}") from None
+
+
+def _ports(option: str, text: str) -> tuple[int, int] | None:
+    from orchestrator.model import PortRange
+
+    first, _, last = text.partition("-")
+    try:
+        wanted = PortRange(int(first), int(last or first)) if text else None
+    except ValueError:
+        raise UsageError(f"{option} takes a range such as 1024-65535, not {text!r}") from None
+    return (wanted.first, wanted.last) if wanted else None
 
 
 def _session(command: str, is_json: bool, colour: Colour, verbose: int, is_quiet: bool) -> Session:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.model import HelperKey, L3Proto, L4Proto, Policy, ProcessSpec, Registration, Status
+
+if TYPE_CHECKING:
+    from orchestrator.engine.settings import Settings
 
 _REGISTRATION_KEYS = {"name", "l3proto", "l4proto", "queue_num", "status", "priv_data_len", "policies"}
 _POLICY_KEYS = {"name", "expect_max", "expect_timeout_s"}
@@ -30,6 +33,13 @@ def parse_processes(text: str) -> tuple[ProcessSpec, ...]:
     """supervise.yaml: the helper processes. Raises ValueError."""
     document = _mapping(_yaml(text), {"processes"}, "document")
     return tuple(_process(item, f"processes[{i}]") for i, item in enumerate(_list(document["processes"], "processes")))
+
+
+def parse_helper(text: str) -> Settings:
+    """helper-NAME.toml: what the process of a native helper is told. Raises ValueError."""
+    from orchestrator.engine.settings import parse
+
+    return parse(text)
 
 
 def problems_of_nft(text: str, profile: str, digest: str) -> Iterator[tuple[int, str]]:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+from orchestrator.engine.counters import Snapshot
 from orchestrator.errors import HelperProcessError, KernelError, PreflightError
 from orchestrator.model import (
     Backend,
@@ -44,6 +45,7 @@ class FakeNetns:
     expectations: dict[str, int] = field(default_factory=dict)
     connections: dict[str, int] = field(default_factory=dict)
     dropping_filters: tuple[str, ...] = ()
+    foreign_queues: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -52,7 +54,7 @@ class FakeKernel:
 
     `fail_at(n, errno)` makes the n-th modifying call (from 0) fail; `calls` is the log of them.
     `gone` are namespaces whose name was deleted. `programs` are those installed; `deaf_programs` start but never bind
-    a queue; `dying_programs` end at once.
+    a queue; `dying_programs` end at once. `counters` and `last_words` are what processes say, by name.
     """
 
     delete_ignores_references: bool = False
@@ -67,6 +69,8 @@ class FakeKernel:
     deaf_programs: set[str] = field(default_factory=set)
     dying_programs: set[str] = field(default_factory=set)
     running_processes: dict[int, tuple[ProcessSeen, Launch]] = field(default_factory=dict)
+    counters: dict[str, Snapshot] = field(default_factory=dict)
+    last_words: dict[str, str] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
     now: float = 0.0
     _fail: dict[int, int] = field(default_factory=dict)
@@ -313,10 +317,13 @@ class FakeHost:
     def unrelated_filters(self, netns: Netns) -> tuple[str, ...]:
         return self.kernel.at(netns).dropping_filters
 
+    def foreign_queues(self, netns: Netns) -> tuple[str, ...]:
+        return self.kernel.at(netns).foreign_queues
+
 
 @dataclass(frozen=True, slots=True)
 class FakeProcesses:
-    """Processes that behave as conntrackd does: at start it enables the stock registrations it was told to serve."""
+    """Processes. conntrackd enables the stock registrations that it was told to serve at its start, others do not."""
 
     kernel: FakeKernel
 
@@ -334,7 +341,7 @@ class FakeProcesses:
         if program in kernel.deaf_programs or set(launch.spec.queues) & set(space.queues):
             raise HelperProcessError(f"{launch.spec.name} runs, but does not listen on its queues")
         for key in launch.spec.keys:
-            if not key.name.endswith("-us") and key in kernel.registrations:
+            if program == "conntrackd" and not key.name.endswith("-us") and key in kernel.registrations:
                 kernel.registrations[key] = replace(kernel.registrations[key], status=Status.ENABLED)
         pid, kernel._next_pid = kernel._next_pid, kernel._next_pid + 1
         for queue in launch.spec.queues:
@@ -353,8 +360,11 @@ class FakeProcesses:
         self.kernel.modify("watch", process.name)
         self.kernel.running_processes[process.pid] = (replace(process, watched=True), launch)
 
+    def counters(self, profile: str, netns: Netns, name: str) -> Snapshot | None:
+        return self.kernel.counters.get(name)
+
     def last_words(self, profile: str, netns: Netns, name: str) -> str:
-        return ""
+        return self.kernel.last_words.get(name, "")
 
     def cleanup(self, profile: str, netns: Netns) -> None:
         return

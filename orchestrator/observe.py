@@ -9,7 +9,18 @@ from typing import TypeVar
 from orchestrator import catalogue
 from orchestrator.errors import OrchError
 from orchestrator.journal import Ledger
-from orchestrator.model import Backend, Engine, HelperKey, L4Proto, Listing, Netns, QueueRow, Registration, Target
+from orchestrator.model import (
+    HELPER_PROGRAM,
+    Backend,
+    Engine,
+    HelperKey,
+    L4Proto,
+    Listing,
+    Netns,
+    QueueRow,
+    Registration,
+    Target,
+)
 from orchestrator.ports import System
 from orchestrator.state import Applied, Observed, Owner, rules_name
 
@@ -56,7 +67,7 @@ class Observer:
             foreign_table=next((rules_name(x, owner.profile) for x in all_listings if x not in listings), ""),
             applied=applied,
             baseline=self._baseline(listings, applied, target, registrations, loaded),
-            neighbours=tuple((a.owner, a.target.attachments) for a in neighbours),
+            neighbours=neighbours,
             processes=tuple(
                 p for p in self.system.processes.running() if p.profile == owner.profile and p.netns == netns.identity
             ),
@@ -69,7 +80,7 @@ class Observer:
             missing_programs=frozenset(
                 spec.argv[0]
                 for spec in (target.processes if target else ())
-                if self.system.host.program(spec.argv[0]) is None
+                if spec.argv[0] != HELPER_PROGRAM and self.system.host.program(spec.argv[0]) is None
             ),
             has_cthelper=bool(self.system.host.available_modules((_SUBSYSTEM,))),
             connections=self.system.host.connections(netns) if is_thorough and is_there else {},
@@ -103,6 +114,18 @@ class Observer:
                     listing = self.system.rules[backend].listing(netns, profile)
                     if listing is not None and (profile, netns.identity) not in recorded:
                         yield Owner(profile, netns), listing
+
+    def strays(self) -> tuple[Owner, ...]:
+        """Profiles that the ledger does not know, told by rules or processes of ours, each once."""
+        found = {(o.profile, o.netns.identity): o for o, _ in self.unrecorded()}
+        named = {netns.identity: netns for netns in self._namespaces()}
+        recorded = {(o.profile, o.netns.identity) for o in self.ledger.owners()}
+        for process in self.system.processes.running():
+            path = f"/proc/{process.pid}/ns/net"
+            netns = named.get(process.netns) or Netns(path, path, process.netns)
+            if (process.profile, process.netns) not in recorded:
+                found.setdefault((process.profile, process.netns), Owner(process.profile, netns))
+        return tuple(found.values())
 
     def _namespaces(self) -> Iterable[Netns]:
         """Every namespace that can be reached by a name, once each."""
@@ -155,9 +178,10 @@ class Observer:
 
     def _queue_holders(self, neighbours: tuple[Applied, ...], queues: tuple[QueueRow, ...]) -> Mapping[int, str]:
         names = {
-            registration.queue_num: str(applied.owner)
+            queue: str(applied.owner)
             for applied in neighbours
-            for registration in applied.registrations
+            for spec in applied.target.processes
+            for queue in spec.queues
         }
         return {row.queue_num: names.get(row.queue_num) or self.system.host.process_name(row.port_id) for row in queues}
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from orchestrator.model import HelperKey, Registration, Status, Target
-from orchestrator.plan_processes import ProcessPlan, plan_processes
+from orchestrator.plan_processes import ProcessPlan, held_queues, plan_processes
 from orchestrator.plan_registrations import (
     RegistrationPlan,
     by_key,
@@ -98,7 +98,9 @@ def plan_teardown(observed: Observed, owner: Owner, mine: tuple[Registration, ..
     stops = tuple(StopProcess(p, None) for p in observed.processes)
     stock = tuple(replace(r, status=Status.DISABLED) for r in retire if r.status is Status.DISABLED)
     # All of ours are drained, those that others share too: it is the listener of this namespace that stops.
-    queues = {r.queue_num for r in mine} & {q.queue_num for q in observed.queues}
+    queues = ({r.queue_num for r in mine} | held_queues(observed, observed.processes)) & {
+        q.queue_num for q in observed.queues
+    }
     steps: tuple[Step, ...] = (
         *(FlushRules(rules) for rules in before),
         *_disable((*retire, *leaving.disable)),
@@ -132,7 +134,7 @@ def _apply_steps(
     rules_reason: str,
 ) -> tuple[Step, ...]:
     leaving = registrations.leaving
-    stopped = {p.name for p, _ in processes.stop}
+    stopped = {p.name for p in processes.stop}
     started = {launch.spec.name for launch in processes.start}
     quiet = _to_quieten(target, observed, registrations, stopped)
     disabled = {r.key for r in quiet}
@@ -143,6 +145,8 @@ def _apply_steps(
     kept = _keep(target, observed, fresh, quiet, held, started | stopped)
     unload, load = _rules_steps(target, observed, {r.key for r in fresh}, rules_reason)
     is_replacing = bool(registrations.replace)
+    surplus = [StopProcess(p, None) for p in processes.stop_last]
+    unqueued = _drain(_rule_queues(observed) - {n for queue in target.rule_queues for n in queue.queues})
     return (
         *(LoadModule(m) for m in modules),
         *_disable(quiet),
@@ -152,7 +156,7 @@ def _apply_steps(
         *(CreateRegistration(replace(r, status=Status.DISABLED)) for r in fresh),
         *held,
         *kept,
-        *(StopProcess(p, None) for p, _ in processes.stop if p.name in started),
+        *(StopProcess(p, None) for p in processes.stop_first),
         *(StartProcess(launch) for launch in processes.start),
         *kept,
         *(WatchProcess(launch, seen) for launch, seen in processes.watch),
@@ -160,7 +164,8 @@ def _apply_steps(
         *([] if is_replacing else unload),
         *load,
         *(RemoveRules(loaded_rules(x, observed, target.profile)) for x in other_listings(target.rules, observed)),
-        *(StopProcess(p, None) for p, _ in processes.stop if p.name not in started),
+        *(unqueued if surplus else []),
+        *surplus,
         *(_delete(r) for r in leaving.retire),
     )
 
@@ -182,11 +187,13 @@ def _rules_steps(
     """How to unload the rules, where they hold on to a helper that was or will be unregistered, and how to load them.
 
     Replaced in place, a table keeps its helper objects, and on 7.3 those would go on attaching the helper that is gone.
+    Where rules queue, they are flushed first: a table that is removed takes the packets that wait with it.
     """
     before = live_listing(target.rules, observed)
     loaded = None if before is None else loaded_rules(before, observed, target.profile)
     if before is not None and loaded is not None and fresh & before.helpers:
-        return [RemoveRules(loaded)], [LoadRules(None, target.rules)]
+        drain = _drain(_rule_queues(observed))
+        return [*([FlushRules(loaded), *drain] if drain else []), RemoveRules(loaded)], [LoadRules(None, target.rules)]
     return [], [LoadRules(loaded, target.rules)] if reason else []
 
 
@@ -211,16 +218,25 @@ def _keep(
     return [KeepRegistrations(kept)] if kept else []
 
 
+def _rule_queues(observed: Observed) -> set[int]:
+    """Queues with a listener that the rules of this profile fill now."""
+    queues = observed.applied.target.rule_queues if observed.applied else ()
+    return {number for queue in queues for number in queue.queues} & {row.queue_num for row in observed.queues}
+
+
+def _drain(queues: set[int]) -> list[Step]:
+    return [DrainQueues(tuple(sorted(queues)))] if queues else []
+
+
 def _delete(registration: Registration) -> Step:
     return DeleteRegistration(replace(registration, status=Status.DISABLED))
 
 
 def _served(target: Target, observed: Observed, names: set[str]) -> set[HelperKey]:
     """Keys whose listener is stopped by this plan: they are disabled first, or new connections would be blocked."""
-    keys = {key for spec in target.processes if spec.name in names for key in spec.keys}
-    if names - {spec.name for spec in target.processes}:
-        keys |= used_here(observed)
-    return keys
+    specs = (*target.processes, *(observed.applied.target.processes if observed.applied else ()))
+    keys = {key for spec in specs if spec.name in names for key in spec.keys}
+    return keys | used_here(observed) if names - {spec.name for spec in specs} else keys
 
 
 def _disable(registrations: Iterable[Registration]) -> list[Step]:

@@ -131,7 +131,7 @@ def _refuse_existing(wanted: Registration, seen: Registration, observed: Observe
             hint="whoever registered it must remove it, or give the helper another name (name:)",
             where="the helper registry is host-wide",
         )
-    if recorded is not None and others and not is_stock and replace(recorded, status=wanted.status) != wanted:
+    if recorded is not None and others and not is_stock and recorded != wanted:
         return Refusal(
             f"helper {wanted.key} is shared with {others[0]}, which wants it otherwise: "
             f"{differences(recorded, wanted)}",

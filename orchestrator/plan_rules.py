@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
-from orchestrator.model import HelperKey, Listing, Rules, Target
+from orchestrator.model import HelperKey, Listing, RuleQueue, Rules, Target
 from orchestrator.overlap import first_overlap
-from orchestrator.state import Action, Change, Observed, Refusal, Scope, rules_name
+from orchestrator.state import Action, Change, Observed, Owner, Refusal, Scope, rules_name
 
 
 def rules_reason_of(rules: Rules, observed: Observed, *, attached: set[HelperKey]) -> str:
@@ -66,7 +66,7 @@ def _line_counts(rules: Rules, observed: Observed, listing: Listing | None) -> s
         return ""
     before = rule_lines(observed.applied.target.rules)
     added, removed = Counter(after) - Counter(before), Counter(before) - Counter(after)
-    return f"+{added.total()} -{removed.total()} rules"
+    return f"+{added.total()} -{removed.total()} rules" if added or removed else ""
 
 
 def rule_lines(rules: Rules) -> list[str]:
@@ -113,8 +113,9 @@ def refuse_modules(target: Target, observed: Observed) -> list[Refusal]:
 
 def refuse_neighbours(target: Target, observed: Observed) -> list[Refusal]:
     refusals: list[Refusal] = []
-    for owner, attachments in observed.neighbours:
-        pair = first_overlap(target.attachments, attachments)
+    for neighbour in observed.neighbours:
+        owner = neighbour.owner
+        pair = first_overlap(target.attachments, neighbour.target.attachments)
         if pair is not None:
             mine, theirs = pair
             refusals.append(
@@ -124,4 +125,23 @@ def refuse_neighbours(target: Target, observed: Observed) -> list[Refusal]:
                     where=f"{mine.path} {mine.key.l3proto}/{mine.key.l4proto} port {', '.join(map(str, mine.ports))}",
                 )
             )
+        refusals += _refuse_rule_queues(target.rule_queues, owner, neighbour.target.rule_queues)
     return refusals
+
+
+def _refuse_rule_queues(mine: tuple[RuleQueue, ...], owner: Owner, theirs: tuple[RuleQueue, ...]) -> Iterator[Refusal]:
+    """Labels and queue numbers are those of a namespace: with one in common, a helper gets packets of another."""
+    taken = {what: queue.helper for queue in theirs for what in _numbers_of(queue)}
+    for queue in mine:
+        for kind, number in _numbers_of(queue):
+            if (kind, number) in taken:
+                helper = f"helper {taken[kind, number]} of profile {owner.profile} here"
+                yield Refusal(
+                    f"{kind} {number} of helper {queue.helper} is that of {helper}",
+                    hint=f"give one of them another ({kind}:)",
+                    where=f"netns {owner.netns}",
+                )
+
+
+def _numbers_of(queue: RuleQueue) -> list[tuple[str, int]]:
+    return [("label", queue.label), *(("queue", number) for number in queue.queues)]

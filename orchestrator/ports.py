@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from orchestrator.engine.counters import Snapshot
 from orchestrator.model import Backend, HelperKey, Listing, Netns, ProcessSpec, QueueRow, Registration, Rules
 
 
@@ -93,6 +94,9 @@ class Host(Protocol):
     def unrelated_filters(self, netns: Netns) -> tuple[str, ...]:
         """Base chains that drop by default and have no rule that accepts `ct state related`."""
 
+    def foreign_queues(self, netns: Netns) -> tuple[str, ...]:
+        """Base chains, not written by orch, that lead to a queue before source NAT."""
+
 
 @dataclass(frozen=True, slots=True)
 class ProcessSeen:
@@ -126,7 +130,7 @@ class Processes(Protocol):
 
     def running(self) -> tuple[ProcessSeen, ...]: ...
     def start(self, launch: Launch) -> int:
-        """Start detached and watched, wait until every queue is bound; returns the pid.
+        """Start detached and watched, wait until every queue is bound and a native helper is ready; returns the pid.
 
         Raises HelperProcessError, with the last lines of its log, if it ends or is not ready in time; then it is gone.
         """
@@ -137,8 +141,11 @@ class Processes(Protocol):
     def watch(self, launch: Launch, process: ProcessSeen) -> None:
         """Give a running process a new watcher."""
 
+    def counters(self, profile: str, netns: Netns, name: str) -> Snapshot | None:
+        """What a native helper process counts, None if there is none of that name or it has not begun to count."""
+
     def last_words(self, profile: str, netns: Netns, name: str) -> str:
-        """How the process of that name ended last, or the last line of its log; empty if unknown."""
+        """How the process of that name ended last, or the last line it wrote; empty if unknown."""
 
     def cleanup(self, profile: str, netns: Netns) -> None:
         """Remove the runtime directory of a profile."""

@@ -9,6 +9,7 @@ from orchestrator.errors import Problem, ProfileError
 from orchestrator.model import Desired
 
 if TYPE_CHECKING:
+    from orchestrator.choose import Describe
     from orchestrator.profile_schema import ProfileDoc
     from orchestrator.yamltext import Path, Tree
 
@@ -16,8 +17,16 @@ if TYPE_CHECKING:
 _DECIDES_THE_ENTRY = ("use", "engine")
 
 
-def load_file(path: str | pathlib.Path) -> Desired:
-    """Load a profile from a file; raises ProfileError, also if it cannot be read."""
+def no_description(_use: str) -> None:
+    """For profiles that use no helpers but ours."""
+    return
+
+
+def load_file(path: str | pathlib.Path, describe: Describe = no_description) -> Desired:
+    """Load a profile from a file; raises ProfileError, also if it cannot be read.
+
+    `describe` is asked about helpers that the catalogue does not have.
+    """
     source = str(path)
     try:
         raw = pathlib.Path(path).read_bytes()
@@ -27,17 +36,24 @@ def load_file(path: str | pathlib.Path) -> Desired:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ProfileError((Problem(source, 0, 0, f"cannot be read: {reason}"),)) from error
-    return load(raw, source)
+    return load(raw, source, describe, directory=str(pathlib.Path(path).absolute().parent))
 
 
-def load(text: str | bytes, source: str) -> Desired:
-    """Load a profile from its text; `source` is what problems call it. Raises ProfileError with every problem found."""
+def load(
+    text: str | bytes, source: str, describe: Describe = no_description, *, directory: str | None = None
+) -> Desired:
+    """Load a profile from its text; `source` is what problems call it. Raises ProfileError with every problem found.
+
+    Files of helpers are relative to the absolute path `directory`; without one, relative names are a problem.
+    """
     from orchestrator import yamltext
+    from orchestrator.choose import Own
     from orchestrator.resolve import resolve
 
     tree = yamltext.parse(yamltext.decode(text, source) if isinstance(text, bytes) else text, source)
     document, incomplete = _document(tree)
-    desired = resolve(tree, document, incomplete=incomplete) if document is not None else None
+    own = Own(describe, directory)
+    desired = resolve(tree, document, incomplete=incomplete, own=own) if document is not None else None
     if tree.problems or desired is None:
         raise ProfileError(tuple(dict.fromkeys(tree.problems)))
     return desired

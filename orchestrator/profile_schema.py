@@ -14,19 +14,37 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from orchestrator import model
-from orchestrator.model import Backend, L3Proto, L4Proto, Path, PortRange
+from orchestrator.model import Backend, Engine, Inspect, L3Proto, L4Proto, Path, PortRange, Queueing
 
 MAX_TIMEOUT_S = 2_147_483
 """Longest expect_timeout: newer kernels compare expectation times as signed 32-bit jiffies, up to 1000 a second."""
 
 Prefix = IPv4Network | IPv6Network
 
+
+class Source(StrEnum):
+    """Who may open what a helper expects."""
+
+    PEER = "peer"
+    ANY = "any"
+
+
+class Destination(StrEnum):
+    """Where an expected connection may go: to an end of the master connection, or to whom the payload names."""
+
+    MASTER = "master"
+    ANY = "any"
+
+
 _RANGE = re.compile(r"([0-9]{1,5})(?: ?- ?([0-9]{1,5}))?")
 _DURATION = re.compile(r"([0-9]{1,10})([smhd]?)")
 _UNIT_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _PREFIX = re.compile(r"[0-9A-Fa-f.:]+(/[0-9]{1,3})?")
 _NETNS_NAME = re.compile(r"[A-Za-z0-9_.@:+-]{1,255}")
+_USER = re.compile(r"[a-z_][a-z0-9_-]{0,30}")
 _NETNS_PATH = re.compile(r"/[!-~]{1,4000}")
+_QUEUE_MAX = 0xFFFF
+_LABEL_MAX = model.LABEL_BITS - 1
 
 
 def nearest(word: str, known: list[str]) -> str:
@@ -171,14 +189,39 @@ def _expect_max(value: object) -> int:
     return value
 
 
-def _queue(value: object) -> int | None:
-    if value == "auto":
-        return None
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise fault(f"{show(value)} is not a queue number", "auto, or 0 to 65535")
-    if not 0 <= value <= 0xFFFF:
-        raise fault(f"queue number {value} is out of range", "0 to 65535")
-    return value
+def _auto_or(what: str, most: int) -> Callable[[object], int | None]:
+    def convert(value: object) -> int | None:
+        if value == "auto":
+            return None
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise fault(f"{show(value)} is not a {what}", f"auto, or 0 to {most}")
+        if not 0 <= value <= most:
+            raise fault(f"{what} {value} is out of range", f"0 to {most}")
+        return value
+
+    return convert
+
+
+def _user(value: object) -> str:
+    text = _text(value)
+    if text == "root":
+        raise fault("a helper process does not run as root", "nobody, or a user made for it")
+    if _USER.fullmatch(text):
+        return text
+    raise fault(f"{show(value)} is not the name of a user", "as in /etc/passwd; for example nobody")
+
+
+def _flag(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise fault(f"{show(value)} is neither true nor false")
+
+
+def _guard(value: object) -> object:
+    """`strict` stands for no bound loosened."""
+    if isinstance(value, str) and value != "strict":
+        raise fault(f"{show(value)} is not a guard", "strict, or a mapping of the bounds to change")
+    return {} if value == "strict" else value
 
 
 def _at_most_four(value: object) -> object:
@@ -191,8 +234,19 @@ def _schema(description: str, **schema: object) -> WithJsonSchema:
     return WithJsonSchema({**schema, "description": description})
 
 
+def _or_strict(schema: dict[str, Any]) -> None:
+    """The word or the mapping, which pydantic before 2.9 writes as `allOf` of one."""
+    (mapping,) = schema.pop("allOf", None) or ({"$ref": schema.pop("$ref")},)
+    schema["anyOf"] = [{"const": "strict"}, mapping]
+    schema["default"] = "strict"
+
+
 def _words(words: type[StrEnum]) -> dict[str, Any]:
     return {"type": "string", "enum": [str(word) for word in words]}
+
+
+def _auto_schema(most: int) -> dict[str, Any]:
+    return {"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 0, "maximum": most}]}
 
 
 def _items(schema: dict[str, Any]) -> dict[str, Any]:
@@ -204,7 +258,6 @@ _PORTS_SCHEMA = {
 }
 _NAME_SCHEMA = {"type": "string", "pattern": "^[A-Za-z][A-Za-z0-9_.-]{0,14}$"}
 _DURATION_SCHEMA = {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": "^[0-9]+[smhd]?$"}]}
-_QUEUE_SCHEMA = {"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 0, "maximum": 65535}]}
 
 Prefixes = Annotated[
     tuple[Annotated[Prefix, PlainValidator(_prefix)], ...],
@@ -254,17 +307,67 @@ class PolicyDoc(_Strict):
     ] = None
 
 
+class GuardDoc(_Strict):
+    ports: Annotated[
+        PortRange | None, PlainValidator(_ports), _schema("Where an expected connection may go", **_PORTS_SCHEMA)
+    ] = None
+    source: Annotated[Source | None, PlainValidator(_one_of(Source)), _schema("Who may open it", **_words(Source))] = (
+        None
+    )
+    destination: Annotated[
+        Destination | None,
+        PlainValidator(_one_of(Destination)),
+        _schema("Where to: an end of the master connection, or any host", **_words(Destination)),
+    ] = None
+    permanent: Annotated[
+        bool | None, PlainValidator(_flag), _schema("May it stay after the first match", type="boolean")
+    ] = None
+
+
+class ProcessDoc(_Strict):
+    user: Annotated[str, PlainValidator(_user), _schema("Whom the helper process runs as", type="string")] = "nobody"
+
+
 class HelperDoc(_Strict):
-    use: Annotated[Word, _schema("Name in the catalogue; default: the key of this entry", type="string")] = ""
-    engine: Annotated[Word, _schema("Who inspects the packets", type="string", enum=["conntrackd", "kernel"])] = ""
+    use: Annotated[
+        Word,
+        _schema(
+            "Name in the catalogue, file of your own (./NAME.py), or name that an installed package offers; default:"
+            " the key of this entry",
+            type="string",
+        ),
+    ] = ""
+    engine: Annotated[Word, _schema("Who inspects the packets", **_words(Engine))] = ""
     name: Annotated[
         str, PlainValidator(_registration_name), _schema("Registration name; default: KEY-us", **_NAME_SCHEMA)
     ] = ""
     attach: Annotated[
         tuple[AttachDoc, ...], BeforeValidator(_list), Field(description="Which connections; default: the usual ports")
     ] = ()
-    queueing: Annotated[Word, _schema("Who queues", type="string", enum=["registration"])] = ""
-    queue: Annotated[int | None, PlainValidator(_queue), _schema("auto, or the first number", **_QUEUE_SCHEMA)] = None
+    queueing: Annotated[
+        Queueing | None, PlainValidator(_one_of(Queueing)), _schema("Who queues packets", **_words(Queueing))
+    ] = None
+    queue: Annotated[
+        int | None,
+        PlainValidator(_auto_or("queue number", _QUEUE_MAX)),
+        _schema("auto, or the first number", **_auto_schema(_QUEUE_MAX)),
+    ] = None
+    label: Annotated[
+        int | None,
+        PlainValidator(_auto_or("connection label", _LABEL_MAX)),
+        _schema("Bit of the connection label, with queueing: rules", **_auto_schema(_LABEL_MAX)),
+    ] = None
+    inspect: Annotated[
+        Inspect | None,
+        PlainValidator(_one_of(Inspect)),
+        _schema("Which packets rules queue, with engine: native", **_words(Inspect)),
+    ] = None
+    guard: Annotated[
+        GuardDoc,
+        BeforeValidator(_guard),
+        Field(description="strict, or what expectations may open, with engine: native", json_schema_extra=_or_strict),
+    ] = GuardDoc()
+    process: Annotated[ProcessDoc, Field(description="The helper process, with engine: native")] = ProcessDoc()
     policies: Annotated[
         dict[str, PolicyDoc], BeforeValidator(_at_most_four), Field(description="Limits, by name of the policy")
     ] = {}
@@ -296,7 +399,8 @@ def known_keys(path: tuple[str | int, ...]) -> list[str]:
         return list(ProfileDoc.model_fields)
     if len(path) == 2:
         return list(HelperDoc.model_fields)
-    return list((AttachDoc if path[2] == "attach" else PolicyDoc).model_fields)
+    documents: dict[str | int, type[BaseModel]] = {"attach": AttachDoc, "guard": GuardDoc, "process": ProcessDoc}
+    return list(documents.get(path[2], PolicyDoc).model_fields)
 
 
 def explain(error: ErrorDetails) -> tuple[str, str]:

@@ -10,37 +10,68 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from orchestrator.document import parse_processes, parse_registrations, problems_of_iptables, problems_of_nft
+from orchestrator.document import (
+    parse_helper,
+    parse_processes,
+    parse_registrations,
+    problems_of_iptables,
+    problems_of_nft,
+)
 from orchestrator.errors import Problem, ProfileError
 from orchestrator.model import (
-    Attachment,
     Desired,
     Document,
     Engine,
     HelperKey,
     L3Proto,
     L4Proto,
+    NativeHelper,
     Path,
     Policy,
     ProcessSpec,
     Registration,
+    RuleQueue,
     Rules,
     Target,
 )
-from orchestrator.ruleset import IptablesRule, RuleGroup, iptables_rules, rule_groups
+from orchestrator.ruleset import IptablesRule, QueueRule, RuleGroup, iptables_rules, queue_rules, rule_groups
 
 REGISTRATIONS = "registrations.yaml"
 SUPERVISE = "supervise.yaml"
 CONNTRACKD = "conntrackd.conf"
+HELPER = "helper.toml"
 NFT = "ruleset.nft"
 IPTABLES = {L3Proto.IP: "ruleset.iptables", L3Proto.IP6: "ruleset.ip6tables"}
 
 CONNTRACKD_QUEUE_LEN = 1024  # packets that wait for one helper before the kernel drops
 
+_INT_MAX = 0x7FFFFFFF
+# Packets of this host to itself pass postrouting and input: once is enough.
+_NOT_LOOPED = 'iifname != "lo"'
+_TO_MANY = "fib daddr type { broadcast, multicast }"
+_TO_ONE = "fib daddr type != { broadcast, multicast }"
+
 _DIGEST_PLACEHOLDER = "@" * 16
 # What the expressions of a user's template can raise besides Jinja's own errors.
 _FAILURES = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 _T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class QueueChain:
+    """The rules that queue the packets of one helper; base chains jump there."""
+
+    name: str
+    rules: tuple[QueueRule, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class QueueJump:
+    """From a base chain to a queue chain, for connections with a label and packets that meet `condition`, if any."""
+
+    label: int
+    condition: str
+    chain: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +81,8 @@ class NftChain:
     name: str
     hook: str
     priority: str
-    groups: tuple[RuleGroup, ...]
+    groups: tuple[RuleGroup, ...] = ()
+    jumps: tuple[QueueJump, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +117,7 @@ class View:
     stock: tuple[Registration, ...]
     processes: tuple[ProcessSpec, ...]
     objects: tuple[HelperKey, ...]
+    queue_chains: tuple[QueueChain, ...]
     chains: tuple[NftChain, ...]
     iptables_chains: tuple[IptablesChain, ...]
     ip6tables_chains: tuple[IptablesChain, ...]
@@ -108,16 +141,18 @@ def target(desired: Desired, *, template_dir: pathlib.Path | None = None) -> Tar
     supervise = templates.document(SUPERVISE, view)
     rules = _rules(desired, templates, view)
     conntrackd = (templates.document(CONNTRACKD, view),) if view.conntrackd_types else ()
+    helpers = tuple(_helper(templates, view, native) for native in desired.natives)
     parsed = templates.parsed(registrations, parse_registrations)
     return Target(
         profile=desired.profile,
-        documents=(registrations, *rules.documents, *conntrackd, supervise),
+        documents=(registrations, *rules.documents, *conntrackd, *helpers, supervise),
         registrations=parsed[0],
         stock=parsed[1],
         rules=rules,
         processes=templates.parsed(supervise, parse_processes),
         modules=desired.modules,
         attachments=desired.attachments,
+        rule_queues=desired.rule_queues,
     )
 
 
@@ -132,21 +167,50 @@ def view_of(desired: Desired) -> View:
         stock=desired.stock,
         processes=desired.processes,
         objects=tuple(sorted({a.key for a in attachments})) if is_nft else (),
-        chains=_nft_chains(attachments) if is_nft else (),
+        queue_chains=tuple(QueueChain(_queue_chain(q), queue_rules(q)) for q in desired.rule_queues),
+        chains=(*_attach_chains(desired), *_queue_hooks(desired.rule_queues)) if is_nft else (),
         iptables_chains=() if is_nft else _iptables_chains(desired, L3Proto.IP),
         ip6tables_chains=() if is_nft else _iptables_chains(desired, L3Proto.IP6),
         conntrackd_types=_conntrackd_types(desired),
     )
 
 
-def _nft_chains(attachments: tuple[Attachment, ...]) -> tuple[NftChain, ...]:
+def _attach_chains(desired: Desired) -> tuple[NftChain, ...]:
     """Priority mangle (-150) is after conntrack, which nft needs, and before dstnat: ports are as the client sent."""
-    groups = rule_groups(attachments)
+    labels = {key: queue.label for queue in desired.rule_queues for key in queue.keys}
+    groups = rule_groups(desired.attachments, labels)
     chains = (
-        NftChain(f"{hook}-mangle150", hook, "mangle", tuple(g for g in groups if g.path is path))
+        NftChain(f"{hook}-mangle150", hook, "mangle", groups=tuple(g for g in groups if g.path is path))
         for path, hook in ((Path.INCOMING, "prerouting"), (Path.OUTGOING, "output"))
     )
     return tuple(c for c in chains if c.groups)
+
+
+def _queue_hooks(queues: tuple[RuleQueue, ...]) -> tuple[NftChain, ...]:
+    """Where packets are queued: the last place before the confirmation of each path.
+
+    The verdict STOP skips all later chains of the hook, and here there are none of anybody: the confirmation is at
+    INT_MAX, but for IPv6 in the input hook at INT_MAX - 1. Source: nf_conntrack_proto.c, ipv6_conntrack_ops.
+    What this host sends to many is queued in the output hook, and nowhere else: later, the copy for this host and the
+    one for the cable are two packets of one unconfirmed connection, of which the kernel drops one.
+    """
+    chains = (
+        NftChain(f"{hook}-max{below}", hook, str(_INT_MAX - below), jumps=tuple(jumps))
+        for hook, below, jumps in (
+            ("postrouting", 1, (_jump(q, _TO_ONE if q.is_multicast else "") for q in queues)),
+            ("input", 2, (_jump(q, _NOT_LOOPED, _TO_ONE if q.is_multicast else "") for q in queues)),
+            ("output", 1, (_jump(q, _TO_MANY) for q in queues if q.is_multicast)),
+        )
+    )
+    return tuple(c for c in chains if c.jumps)
+
+
+def _jump(queue: RuleQueue, *conditions: str) -> QueueJump:
+    return QueueJump(queue.label, " ".join(filter(None, conditions)), _queue_chain(queue))
+
+
+def _queue_chain(queue: RuleQueue) -> str:
+    return f"queue-{queue.helper}"
 
 
 def _iptables_chains(desired: Desired, l3proto: L3Proto) -> tuple[IptablesChain, ...]:
@@ -189,6 +253,13 @@ def _conntrackd_types(desired: Desired) -> tuple[ConntrackdType, ...]:
                 policies=registrations[stock_key].policies if stock_key in attached else (),
             )
     return tuple(types[k] for k in sorted(types))
+
+
+def _helper(templates: _Templates, view: View, native: NativeHelper) -> Document:
+    """What the process of one native helper is told; it is read by that process alone, so here it is only checked."""
+    document = templates.document(f"helper-{native.name}.toml", view, template=HELPER, helper=native)
+    templates.parsed(document, parse_helper, template=HELPER)
+    return document
 
 
 def _rules(desired: Desired, templates: _Templates, view: View) -> Rules:
@@ -246,24 +317,26 @@ class _Templates:
         )
         self._environment.filters["quoted"] = _quoted
 
-    def document(self, name: str, view: View) -> Document:
+    def document(self, name: str, view: View, *, template: str = "", helper: NativeHelper | None = None) -> Document:
+        """Render one document; its template has the same name if none is given. `helper` is the one it is about."""
         from jinja2 import TemplateError, TemplateSyntaxError
 
+        template = template or name
         try:
-            text = self._environment.get_template(f"{name}.j2").render(view=view)
+            text = self._environment.get_template(f"{template}.j2").render(view=view, helper=helper)
         except TemplateSyntaxError as error:
-            problem = Problem(error.filename or self._path(name), error.lineno, 1, error.message or "syntax error")
+            problem = Problem(error.filename or self._path(template), error.lineno, 1, error.message or "syntax error")
             raise ProfileError((problem,)) from error
         except (TemplateError, *_FAILURES) as error:
-            source, line = self._place(error, name)
+            source, line = self._place(error, template)
             raise ProfileError((Problem(source, line, 1 if line else 0, str(error)),)) from error
         return Document(name, text)
 
-    def parsed(self, document: Document, parse: Callable[[str], _T]) -> _T:
+    def parsed(self, document: Document, parse: Callable[[str], _T], *, template: str = "") -> _T:
         try:
             return parse(document.text)
         except ValueError as error:
-            raise ProfileError((self.problem(document.name, f"{document.name}: {error}"),)) from error
+            raise ProfileError((self.problem(template or document.name, f"{document.name}: {error}"),)) from error
 
     def problem(self, name: str, message: str) -> Problem:
         """Something wrong with a document as a whole: no line of its template can be named."""
@@ -281,5 +354,5 @@ class _Templates:
 
 
 def _quoted(value: object) -> str:
-    """Text as a YAML scalar that no YAML version takes for something else: JSON strings are YAML."""
+    """Text that neither YAML nor TOML takes for something else: both read JSON strings."""
     return json.dumps(str(value), ensure_ascii=False)

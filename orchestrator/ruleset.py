@@ -1,14 +1,21 @@
-"""The rules that attach helpers, grouped so that many attachments become few nft rules."""
+"""The rules that attach helpers and queue their packets, grouped so that many attachments become few nft rules."""
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import NamedTuple
 
-from orchestrator.model import Attachment, HelperKey, L3Proto, L4Proto, Path, PortRange
+from orchestrator.model import Attachment, HelperKey, L3Proto, L4Proto, Path, PortRange, RuleQueue
+
+_ANY_PAYLOAD = "@ih,0,8 >= 0"
+# The first rewriting that changed the length of a payload sets it. Source: nf_conntrack_common.h, IPS_SEQ_ADJUST.
+_IS_ADJUSTED = "ct status & 64 == 64"
+
+# Path, family, protocol, and whether interface, source and destination are looked at.
+_Shape = tuple[Path, L3Proto, L4Proto, bool, bool, bool]
 
 MULTIPORT_SLOTS = 15  # ports that one multiport match holds; a range takes two. Source: xt_multiport.h, XT_MULTI_PORTS
 
@@ -31,7 +38,7 @@ class Prefix(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Element:
-    """One entry of a group's map: connections from one interface, one prefix each, to one port range."""
+    """One entry of a group's set or map: connections from one interface, one prefix each, to one port range."""
 
     interface: str
     saddr: str
@@ -50,8 +57,9 @@ class Element:
 class RuleGroup:
     """One nft rule: the attachments of one path, family and protocol that look at the same things.
 
-    A group of one attachment is `single`, a rule that reads well; else `elements` is one map, and no two of its entries
-    overlap, as nft demands of a map.
+    All get the helper `key`, and the connection label `label` if packets of it are queued by rules; where `key` is
+    None, the elements are a map that says which helper. A group of one attachment is `single`, a rule that reads well;
+    else no two of `elements` overlap, as nft demands of a map.
     """
 
     path: Path
@@ -60,6 +68,8 @@ class RuleGroup:
     by_interface: bool
     by_saddr: bool
     by_daddr: bool
+    key: HelperKey | None
+    label: int | None
     single: Attachment | None
     elements: tuple[Element, ...]
 
@@ -97,6 +107,14 @@ class RuleGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class QueueRule:
+    """One nft rule of a queue chain: packets that match go to `queue_num`, or on their way if nobody listens there."""
+
+    matches: tuple[str, ...]
+    queue_num: int
+
+
+@dataclass(frozen=True, slots=True)
 class IptablesRule:
     """One iptables rule; empty values are left out. `dports` is at most what one multiport match holds."""
 
@@ -108,18 +126,42 @@ class IptablesRule:
     helper: str
 
 
-def rule_groups(attachments: Iterable[Attachment]) -> tuple[RuleGroup, ...]:
+def rule_groups(attachments: Iterable[Attachment], labels: Mapping[HelperKey, int]) -> tuple[RuleGroup, ...]:
     """Group attachments into nft rules, in a fixed order; time grows with n log n.
 
+    Helpers in `labels` are queued by rules and get groups of their own, because no map of nft says helper and label.
     Attachments that overlap must name the same helper, which profile.py checks. Prefixes within a map must not nest, so
     those that do go to rules of their own, one per depth of nesting: whichever attaches first, it is the same helper.
     """
-    buckets: dict[tuple[Path, L3Proto, L4Proto, bool, bool, bool], list[Attachment]] = {}
+    buckets: dict[tuple[_Shape, tuple[HelperKey, ...]], list[Attachment]] = {}
     for attachment in map(simplified, attachments):
         a, key = attachment, attachment.key
         shape = (a.path, key.l3proto, key.l4proto, bool(a.interface), bool(a.saddr), bool(a.daddr))
-        buckets.setdefault(shape, []).append(attachment)
-    return tuple(group for shape in sorted(buckets) for group in _groups_of(shape, buckets[shape]))
+        buckets.setdefault((shape, (key,) if key in labels else ()), []).append(attachment)
+    return tuple(
+        group
+        for shape, keys in sorted(buckets)
+        for group in _groups_of(shape, buckets[shape, keys], label=labels.get(keys[0]) if keys else None)
+    )
+
+
+def queue_rules(queue: RuleQueue) -> tuple[QueueRule, ...]:
+    """The rules of a helper's queue chain, which only packets of its connections reach. Triggers are for TCP.
+
+    `@ih,0,8 >= 0` reads the first byte of the payload and takes any, NUL too; where there is none to read, in a bare
+    ACK or an ICMP error, the rule does not match. Source: nft_payload.c, nft_payload_inner_offset.
+    """
+    protocols = {key.l4proto for key in queue.keys}
+    triggers = _triggers(queue.triggers) if L4Proto.TCP in protocols else ()
+    payloads = triggers or (_ANY_PAYLOAD,)
+    rules: list[QueueRule] = []
+    if queue.adjusted_queue_num is not None:
+        rules += [QueueRule((_IS_ADJUSTED, payload), queue.adjusted_queue_num) for payload in payloads]
+    scope: tuple[str, ...] = ()
+    if triggers and L4Proto.UDP in protocols:
+        scope = ("meta l4proto tcp",)
+        rules.append(QueueRule(("meta l4proto udp", _ANY_PAYLOAD), queue.queue_num))
+    return (*rules, *(QueueRule((*scope, payload), queue.queue_num) for payload in payloads))
 
 
 def iptables_rules(attachments: Iterable[Attachment]) -> tuple[IptablesRule, ...]:
@@ -170,16 +212,24 @@ def _outermost(texts: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(prefixes[p] for p in kept)
 
 
+def _triggers(triggers: tuple[bytes, ...]) -> tuple[str, ...]:
+    """One match per length of trigger, the shortest first; of those that begin alike, the shortest is enough."""
+    needed = {t for t in triggers if not any(t != other and t.startswith(other) for other in triggers)}
+    return tuple(
+        f"@ih,0,{8 * length} " + _one_or_set(tuple(f"0x{t.hex()}" for t in sorted(needed) if len(t) == length))
+        for length in sorted({len(t) for t in needed})
+    )
+
+
 def _one_or_set(values: tuple[str, ...]) -> str:
     return values[0] if len(values) == 1 else "{ " + ", ".join(values) + " }"
 
 
-def _groups_of(
-    shape: tuple[Path, L3Proto, L4Proto, bool, bool, bool], attachments: list[Attachment]
-) -> Iterator[RuleGroup]:
+def _groups_of(shape: _Shape, attachments: list[Attachment], *, label: int | None) -> Iterator[RuleGroup]:
     if len(attachments) == 1:
-        yield RuleGroup(*shape, single=attachments[0], elements=())
+        yield RuleGroup(*shape, key=attachments[0].key, label=label, single=attachments[0], elements=())
         return
+    key = None if label is None else attachments[0].key
     sources = _nested(a.saddr for a in attachments)
     destinations = _nested(a.daddr for a in attachments)
     layers: dict[tuple[int, int], dict[tuple[str, Prefix | None, Prefix | None, HelperKey], list[PortRange]]] = {}
@@ -199,7 +249,7 @@ def _groups_of(
             for (interface, source, destination, key), all_ports in sorted(layers[depth].items(), key=itemgetter(0))
             for ports in merged_ports(all_ports)
         )
-        yield RuleGroup(*shape, single=None, elements=tuple(elements))
+        yield RuleGroup(*shape, key=key, label=label, single=None, elements=tuple(elements))
 
 
 def _nested(addresses: Iterable[tuple[str, ...]]) -> dict[str, tuple[Prefix | None, int]]:

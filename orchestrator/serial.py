@@ -15,7 +15,7 @@ _Reader = Callable[[Any], Any]
 
 
 def to_json(value: Any) -> str:
-    """JSON text; a dataclass becomes an object that says in `is` which it was, a string enum its value."""
+    """JSON text; a dataclass becomes an object that says in `is` which it was, a string enum its value, bytes hex."""
     return json.dumps(value, default=_plain, separators=(",", ":"))
 
 
@@ -30,6 +30,8 @@ def _plain(value: Any) -> Any:
         return {"is": type(value).__name__, **{name: getattr(value, name) for name in _names(type(value))}}
     if isinstance(value, frozenset | set):
         return sorted(value)
+    if isinstance(value, bytes):
+        return value.hex()
     if isinstance(value, Mapping):
         return dict(value)
     raise TypeError(f"cannot be written as JSON: {value!r}")
@@ -55,6 +57,8 @@ def _reader(kind: Any) -> _Reader:
         return lambda plain: {key: item(part) for key, part in plain.items()}
     if dataclasses.is_dataclass(kind):
         return _dataclass_reader(kind)
+    if kind is bytes:
+        return bytes.fromhex
     return kind if issubclass(kind, enum.Enum) else _checker(kind)
 
 

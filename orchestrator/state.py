@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from orchestrator.model import (
-    Attachment,
     Engine,
     HelperKey,
     L4Proto,
@@ -67,8 +66,8 @@ class Observed:
     """The system as it is, for one profile in one namespace. Registrations are host-wide, the rest is the namespace's.
 
     `users` are the *other* owners of each key; `deaf` those of them whose namespace has no listener on its queue.
-    `neighbours` are other profiles in this namespace with what they attach. `kernel_helpers` are the (name, l4proto)
-    taken by loaded kernel modules. `foreign_references` are helper names that rules not written by orch attach.
+    `neighbours` are other profiles in this namespace. `kernel_helpers` are the (name, l4proto) taken by loaded kernel
+    modules. `foreign_references` are helper names that rules not written by orch attach.
     """
 
     netns: Netns
@@ -80,7 +79,7 @@ class Observed:
     foreign_table: str
     applied: Applied | None
     baseline: Listing | None
-    neighbours: tuple[tuple[Owner, tuple[Attachment, ...]], ...]
+    neighbours: tuple[Applied, ...]
     processes: tuple[ProcessSeen, ...]
     queues: tuple[QueueRow, ...]
     queue_holders: Mapping[int, str]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from orchestrator.model import Backend, HelperKey, Registration
+from orchestrator.engine.counters import Snapshot
+from orchestrator.model import HELPER_PROGRAM, Backend, HelperKey, ProcessSpec, Queueing, Registration, RuleQueue
 from orchestrator.ports import System
 from orchestrator.state import Action, Applied, HelperSummary, Observed, Owner, Plan
+
+_HUNG_AFTER_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +22,11 @@ class QueueStatus:
 
 @dataclass(frozen=True, slots=True)
 class HelperStatus:
-    """One helper of an applied profile; `expectations` are those that exist now, `queueing` is empty in the kernel."""
+    """One helper of an applied profile; `expectations` are those that exist now, `queueing` is empty in the kernel.
+
+    `counters` are those of a native helper process, None without one. `hung_s` is for how long it has not touched the
+    packets that wait, 0 if it works. `last_words` is how a dead process ended.
+    """
 
     name: str
     engine: str
@@ -30,6 +37,8 @@ class HelperStatus:
     pid: int
     since_s: float
     last_words: str
+    counters: Snapshot | None = None
+    hung_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +55,7 @@ class ProfileStatus:
 
 @dataclass(frozen=True, slots=True)
 class HostStatus:
-    """All profiles, rules of ours that the ledger does not know, and transactions that nobody finished.
+    """All profiles, those that only their rules or processes tell of (`unknown`), and transactions nobody finished.
 
     `working` tells that an orch is at work right now: what is shown may be half of something.
     """
@@ -80,26 +89,50 @@ def _helper_status(
     live = {r.key: r for r in observed.registrations}
     wanted = {r.key: r for r in applied.target.registrations}
     keys = [key for key in helper.keys if key in wanted]
-    spec = next((s for s in applied.target.processes if set(keys) & set(s.keys)), None)
+    rule_queue = next((q for q in applied.target.rule_queues if q.helper == helper.name), None)
+    spec = _process_of(helper, applied.target.processes)
     process = next((p for p in observed.processes if spec and p.name == spec.name), None)
-    is_dead = spec is not None and process is None
-    owner = applied.owner
+    queues = _queues(_queue_nums([wanted[key] for key in keys], rule_queue), observed)
+    at = (applied.owner.profile, applied.owner.netns, spec.name if spec else "")
+    is_native = spec is not None and spec.argv[0] == HELPER_PROGRAM
+    # Read after the queues: a process that was idle has touched its page by now if a packet was waiting then.
+    counters = system.processes.counters(*at) if is_native and process else None
     return HelperStatus(
         name=helper.name,
         engine=helper.engine,
-        queueing="registration" if keys else "",
+        queueing=(Queueing.RULES if rule_queue else Queueing.REGISTRATION) if keys else "",
         registrations=tuple((key, str(live[key].status) if key in live else "missing") for key in keys),
-        queues=_queues([wanted[key] for key in keys], observed),
+        queues=queues,
         expectations=sum(expectations.get(name, 0) for name in {key.name for key in helper.keys}),
         pid=process.pid if process else 0,
         since_s=process.since_s if process else 0.0,
-        last_words=system.processes.last_words(owner.profile, owner.netns, spec.name) if spec and is_dead else "",
+        last_words=system.processes.last_words(*at) if spec and not process else "",
+        counters=counters,
+        hung_s=_hung_s(counters, queues, system.clock.monotonic()) if counters else 0.0,
     )
 
 
-def _queues(registrations: list[Registration], observed: Observed) -> tuple[QueueStatus, ...]:
+def _process_of(helper: HelperSummary, processes: tuple[ProcessSpec, ...]) -> ProcessSpec | None:
+    """A native helper has a process of its own name; others share one that serves their registrations."""
+    for spec in processes:
+        is_own = spec.argv[0] == HELPER_PROGRAM and spec.name == helper.name
+        if is_own or set(helper.keys) & set(spec.keys):
+            return spec
+    return None
+
+
+def _hung_s(counters: Snapshot, queues: tuple[QueueStatus, ...], now_s: float) -> float:
+    silent_s = now_s - counters.beat_ns / 1e9
+    return silent_s if silent_s > _HUNG_AFTER_S and any(queue.waiting for queue in queues) else 0.0
+
+
+def _queue_nums(registrations: list[Registration], rule_queue: RuleQueue | None) -> list[int]:
+    """With queueing by rules the registration's number is a name that nobody listens on."""
+    return list(rule_queue.queues) if rule_queue else sorted({r.queue_num for r in registrations})
+
+
+def _queues(numbers: list[int], observed: Observed) -> tuple[QueueStatus, ...]:
     rows = {q.queue_num: q for q in observed.queues}
-    numbers = sorted({r.queue_num for r in registrations})
     return tuple(
         QueueStatus(
             queue_num=number,

@@ -14,8 +14,9 @@ from orchestrator.ports import System
 from orchestrator.reports import Difference, Report, Talk, TeardownReport
 from orchestrator.state import Plan, describe
 from orchestrator.status import HostStatus
+from orchestrator.supervise.describe import describe as describe_helper
 
-FTP = "profile: ftp\nhelpers:\n  ftp: {}\n"
+FTP = "profile: ftp\nhelpers:\n  ftp: {engine: conntrackd}\n"
 
 
 @dataclass(slots=True)
@@ -63,5 +64,5 @@ class Harness:
 
 @functools.cache
 def both(text: str) -> tuple[Desired, Target]:
-    desired = profile.load(text, "test.yaml")
+    desired = profile.load(text, "test.yaml", describe_helper, directory=str(Path("profiles").absolute()))
     return desired, render.target(desired)

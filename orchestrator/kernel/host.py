@@ -65,3 +65,8 @@ class KernelHost:
         from orchestrator.kernel.filters import unrelated_filters  # libnftables is loaded only for this question
 
         return unrelated_filters(netns)
+
+    def foreign_queues(self, netns: Netns) -> tuple[str, ...]:
+        from orchestrator.kernel.foreign_queues import foreign_queues  # libnftables is loaded only for this question
+
+        return foreign_queues(netns)

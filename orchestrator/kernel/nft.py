@@ -46,7 +46,7 @@ class NftRules:
 
     def profiles(self, netns: Netns) -> tuple[str, ...]:
         with entered(netns):
-            names = [name for family, name in nft_tables() if family == "inet" and name.startswith(_OWN_PREFIX)]
+            names = [name for family, name in nft_tables() if is_own_table(family, name)]
         return tuple(sorted(p for n in names if is_profile_name(p := n.removeprefix(_OWN_PREFIX))))
 
     def flush(self, netns: Netns, profile: str) -> None:
@@ -78,7 +78,7 @@ class NftRules:
 
     def foreign_references(self, netns: Netns) -> frozenset[str]:
         with entered(netns):
-            foreign = [t for t in nft_tables() if not (t[0] == "inet" and t[1].startswith(_OWN_PREFIX))]
+            foreign = [table for table in nft_tables() if not is_own_table(*table)]
             session = NftSession()
             objects = [o for t in foreign for o in session.objects(f"list ct helpers table {t[0]} {t[1]}", "ct helper")]
         return frozenset(str(o["type"]) for o in objects)
@@ -144,6 +144,10 @@ def nft_tables() -> tuple[tuple[str, str], ...]:
         return dump(_TABLES, lambda messages: tuple(_table_of(message) for message in messages))
     except OSError as error:
         raise KernelError("list tables", "of nftables", error.errno or 0, detail=error.strerror or "") from error
+
+
+def is_own_table(family: str, name: str) -> bool:
+    return family == "inet" and name.startswith(_OWN_PREFIX)
 
 
 def errno_in(text: str) -> int:

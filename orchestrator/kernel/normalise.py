@@ -1,7 +1,8 @@
 """The one place that says when two loaded rulesets are equal: what is taken out of a listing, and what is put in order.
 
-Left out: packet and byte counters of chains, and the order in which the elements of one concatenated set are listed (it
-is arbitrary, as soon as they are intervals of more than eight bytes). Nothing else: order of rules, policies,
+Left out: packet and byte counters of chains, the order in which the elements of one concatenated set are listed (it
+is arbitrary, as soon as they are intervals of more than eight bytes), and the order of the chains and objects of a
+table (that of their making: what is added in place comes last). Nothing else: order of rules, policies,
 priorities, flags, comments, foreign rules, sets and objects in our table, all of it counts. Handles, counters of rules
 and timers are not in the listings to begin with, which are made stateless.
 """
@@ -25,8 +26,8 @@ _CT_RULE = re.compile(r"-A \S+ .*-p (tcp|udp) .*-j CT .*--helper (\S+)")
 
 
 def nft_listing(text: str) -> Listing:
-    """A stateless `nft list table` as a Listing, one map element per line."""
-    ordered = _BRACES.sub(_in_order, text)
+    """A stateless `nft list table` as a Listing, one element of a map or a concatenated set per line."""
+    ordered = _blocks_in_order(_BRACES.sub(_in_order, text))
     digests = _DIGEST.findall(ordered)
     return Listing(
         backend=Backend.NFTABLES,
@@ -66,14 +67,21 @@ def attached_helpers(lines: tuple[str, ...], l3proto: L3Proto) -> frozenset[Help
     return frozenset(key for m in found if m and (key := _key(m[2], l3proto, m[1])))
 
 
+def _blocks_in_order(text: str) -> str:
+    head, start, rest = text.partition("{\n")
+    body, end, tail = rest.rpartition("\n}\n")
+    return "".join((head, start, "\n\n".join(sorted(body.split("\n\n"))), end, tail))
+
+
 def _in_order(match: re.Match[str]) -> str:
     if match["elements"] is None:
         return match.group()
     elements = [e.strip() for e in _ELEMENT.findall(match["elements"])]
-    if " . " in match["elements"]:
+    is_concatenated = " . " in match["elements"]
+    if is_concatenated:
         elements.sort()
-    if match["map"]:
-        return "map {\n\t\t\t" + ",\n\t\t\t".join(elements) + "\n\t\t}"
+    if match["map"] or is_concatenated:
+        return (match["map"] or "") + "{\n\t\t\t" + ",\n\t\t\t".join(elements) + "\n\t\t}"
     return "{ " + ", ".join(elements) + " }"
 
 

@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.engine import counters
+from orchestrator.engine.counters import Snapshot, State
 from orchestrator.errors import HelperProcessError, PreflightError
-from orchestrator.model import HelperKey, Netns, QueueRow
+from orchestrator.model import HELPER_PROGRAM, HelperKey, Netns, QueueRow
 from orchestrator.ports import Clock, Launch, ProcessSeen
 from orchestrator.supervise import runner
 
@@ -26,6 +28,7 @@ _PROCESS_MARK = "ORCH_PROCESS"
 _RUNNER_MARK = "ORCH_RUNNER"
 _POLL_S = 0.02
 _GRACE_S = runner.STOP_WITHIN_S * 2 + 2
+_HELPER_SCRIPT = Path(__file__).parents[1] / "engine" / "process.py"
 _SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -78,13 +81,13 @@ class LocalProcesses:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         for name, text in launch.files.items():
             (directory / name).write_text(text)
-        # conntrackd leaves both behind when it is killed, and then refuses to start.
-        for leftover in ("conntrackd.lock", "conntrackd.ctl", f"{launch.spec.name}.exit"):
+        name = launch.spec.name
+        # conntrackd leaves the first two behind when it is killed, and then refuses to start.
+        for leftover in ("conntrackd.lock", "conntrackd.ctl", f"{name}.exit", f"{name}.stats"):
             (directory / leftover).unlink(missing_ok=True)
-        program = shutil.which(launch.spec.argv[0], path=_SEARCH_PATH)
-        if program is None:
-            raise PreflightError(f"{launch.spec.argv[0]} is not installed", hint="install it, or use engine: kernel")
-        pid = self._spawn_runner(launch, argv=[program, *launch.spec.argv[1:]], adopt=0)
+        with contextlib.suppress(FileNotFoundError):  # what it says from now on is its own, not its predecessor's
+            (directory / f"{name}.log").replace(directory / f"{name}.log.old")
+        pid = self._spawn_runner(launch, argv=_command(launch.spec.argv), adopt=0)
         self._wait_ready(launch, pid)
         return pid
 
@@ -101,6 +104,12 @@ class LocalProcesses:
             if _signal_and_wait(process.pid, number, runner.STOP_WITHIN_S):
                 return
         raise HelperProcessError(f"{process.name} (pid {process.pid}) does not end, not even by SIGKILL")
+
+    def counters(self, profile: str, netns: Netns, name: str) -> Snapshot | None:
+        try:
+            return counters.read(str(self.runtime_dir(profile, netns) / f"{name}.stats"))
+        except (OSError, ValueError):
+            return None
 
     def last_words(self, profile: str, netns: Netns, name: str) -> str:
         directory = self.runtime_dir(profile, netns)
@@ -143,14 +152,20 @@ class LocalProcesses:
             raise HelperProcessError(f"cannot start {spec.name}: {reason}", where=f"netns {launch.netns}")
         return int(answer["pid"])
 
+    def _says_ready(self, launch: Launch) -> bool:
+        if launch.spec.argv[0] != HELPER_PROGRAM:
+            return True
+        seen = self.counters(launch.profile, launch.netns, launch.spec.name)
+        return seen is not None and seen.state is State.READY
+
     def _wait_ready(self, launch: Launch, pid: int) -> None:
-        """Return once every queue is bound *and* configured; else end the process and say why."""
+        """Return once every queue is bound *and* configured, and a native helper says so; else end it and say why."""
         deadline = self.clock.monotonic() + launch.spec.ready_within_s
         log = self.runtime_dir(launch.profile, launch.netns) / f"{launch.spec.name}.log"
         while True:
             ready = {row.queue_num for row in self.queues(launch.netns) if row.is_ready}
             missing = sorted(set(launch.spec.queues) - ready)
-            if not missing and _is_alive(pid):
+            if not missing and self._says_ready(launch) and _is_alive(pid):
                 return
             dead = not _is_alive(pid)
             if dead or self.clock.monotonic() >= deadline:
@@ -166,6 +181,16 @@ class LocalProcesses:
             where=f"netns {launch.netns}; log {log}",
             hint="its last words: " + words if words else "",
         )
+
+
+def _command(argv: tuple[str, ...]) -> list[str]:
+    """What is executed for the command line of a process. Raises PreflightError if its program is not installed."""
+    if argv[0] == HELPER_PROGRAM:
+        return [sys.executable, "-I", "-S", str(_HELPER_SCRIPT), *argv[1:]]
+    program = shutil.which(argv[0], path=_SEARCH_PATH)
+    if program is None:
+        raise PreflightError(f"{argv[0]} is not installed", hint="install it, or use engine: kernel")
+    return [program, *argv[1:]]
 
 
 def _converse(process: subprocess.Popen[bytes], order: bytes) -> dict[str, Any]:
@@ -250,10 +275,12 @@ def _signal_and_wait(pid: int, number: int, within_s: float) -> bool:
 
 
 def _tail(file: Path, count: int) -> str:
+    """The last lines of a log as one, fit for a terminal: what came over a network may be quoted in it."""
     try:
-        return " / ".join(file.read_text(errors="replace").strip().splitlines()[-count:])
+        text = " / ".join(file.read_text(errors="replace").strip().splitlines()[-count:])
     except OSError:
         return ""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _say_status(status: int | None) -> str:

@@ -42,7 +42,8 @@ def _missing(engine: EngineEntry, host: Host, available: frozenset[str]) -> str:
     if engine.engine is Engine.KERNEL:
         return ", ".join(f"no module {m}" for m in engine.modules if m not in available)
     lacks = [] if "nfnetlink_cthelper" in available else ["no module nfnetlink_cthelper"]
-    lacks += [] if host.program("conntrackd") else ["conntrackd is not installed"]
+    if engine.engine is Engine.CONNTRACKD and not host.program("conntrackd"):
+        lacks.append("conntrackd is not installed")
     return ", ".join(lacks)
 
 

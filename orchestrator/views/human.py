@@ -129,7 +129,10 @@ def status_text(status: HostStatus, paint: Paint, wanted: str = "") -> str:
     for profile in status.profiles:
         lines += _profile_lines(profile, paint)
     mark = paint("!", "warning")
-    lines += [f"{mark} {o} has rules that the ledger does not know: apply or tear it down" for o in status.unknown]
+    lines += [
+        f"{mark} {o} has rules or processes, and the ledger does not know it: apply or tear it down"
+        for o in status.unknown
+    ]
     lines += [f"{mark} {what} was not finished: the next apply or teardown undoes it" for what in status.unsettled]
     lines += [f"{mark} another orch is at work right now"] if status.working else []
     return "\n".join(lines) + "\n"
@@ -141,6 +144,7 @@ def _profile_lines(profile: ProfileStatus, paint: Paint) -> Iterable[str]:
     yield f"{mark} {profile.owner} ({profile.backend}, {profile.source}): {state}"
     for helper in profile.helpers:
         yield f"    {_helper_line(helper)}"
+        yield from (f"        {line}" for line in _process_lines(helper, paint))
     for line in profile.drift:
         yield f"    {paint('drift:', 'warning')} {line}"
 
@@ -160,6 +164,23 @@ def _helper_line(helper: HelperStatus) -> str:
     ]
     parts.append(f"expectations {helper.expectations}")
     return ", ".join(parts)
+
+
+def _process_lines(helper: HelperStatus, paint: Paint) -> Iterable[str]:
+    """What a native helper process says of itself."""
+    if helper.counters is None:
+        return
+    seen = helper.counters.counters
+    each = f" ({seen.busy_ns / seen.packets / 1000:.0f} us each)" if seen.packets else ""
+    yield (
+        f"since its start: packets {seen.packets}{each}, expectations {seen.expectations}, refused {seen.refused}, "
+        f"parse errors {seen.parse_errors}, exceptions {seen.exceptions}, overruns {seen.overruns}"
+    )
+    if helper.hung_s:
+        silent = duration_text(helper.hung_s)
+        yield f"{paint('hangs:', 'error')} packets wait, and it has done nothing for {silent}"
+    if helper.counters.note:
+        yield f"last: {helper.counters.note}"
 
 
 def duration_text(seconds: float) -> str:

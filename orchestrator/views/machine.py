@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 from orchestrator.errors import OrchError, ProfileError, RollbackError
@@ -11,7 +12,7 @@ from orchestrator.reports import Difference, PlanRefusedError, Report, TeardownR
 from orchestrator.state import Plan, Refusal, describe
 from orchestrator.status import HostStatus
 
-SCHEMA = "1.0"
+SCHEMA = "1.1"
 
 
 def step_line(outcome: Outcome) -> str:
@@ -103,6 +104,9 @@ def status_value(status: HostStatus) -> dict[str, Any]:
                         "pid": h.pid or None,
                         "since_s": h.since_s,
                         "last_words": h.last_words,
+                        "hung_s": h.hung_s,
+                        "counters": asdict(h.counters.counters) if h.counters else None,
+                        "note": h.counters.note if h.counters else "",
                     }
                     for h in p.helpers
                 ],

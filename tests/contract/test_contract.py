@@ -18,7 +18,8 @@ FTP = Registration(KEY, 36160, Status.DISABLED, (Policy("ftp", 1, 300),), 24)
 
 
 def rules(backend: Backend, ports: str = "21") -> Rules:
-    text = f"profile: ftp\nbackend: {backend}\nhelpers: {{ftp: {{attach: [{{ports: [{ports}]}}]}}}}\n"
+    helper = f"ftp: {{engine: conntrackd, attach: [{{ports: [{ports}]}}]}}"
+    text = f"profile: ftp\nbackend: {backend}\nhelpers: {{{helper}}}\n"
     return both(text)[1].rules
 
 
@@ -174,7 +175,7 @@ def test_a_failed_replacement_leaves_the_old_rules(world: World, backend: Backen
     world.system.registry.create(FTP)
     adapter.load(world.netns, rules(backend))
     before = adapter.listing(world.netns, "ftp")
-    text = f"profile: ftp\nbackend: {backend}\nhelpers: {{ftp: {{}}, sane: {{}}}}\n"
+    text = f"profile: ftp\nbackend: {backend}\nhelpers: {{ftp: {{engine: conntrackd}}, sane: {{}}}}\n"
     with pytest.raises(KernelError) as error:
         adapter.load(world.netns, both(text)[1].rules)
     assert refused(error) == errno.ENOENT

@@ -204,7 +204,7 @@ def test_a_second_namespace_cannot_take_the_queue_away(orch: Harness) -> None:
     topology.load_filter(ROUTER, ROUTER_FILTER)
     orch.apply(FTP, ROUTER)
     with pytest.raises(PlanRefusedError, match=r"shared with profile ftp in netns orch-router.*queue 36160 -> 9"):
-        orch.apply("profile: other\nhelpers: {ftp: {queue: 9}}\n", CLIENT)
+        orch.apply("profile: other\nhelpers: {ftp: {engine: conntrackd, queue: 9}}\n", CLIENT)
     assert topology.ftp(*PASSIVE).stdout == CONTENT
 
 
@@ -349,7 +349,7 @@ def test_a_changed_profile_is_updated_in_place(orch: Harness) -> None:
     orch.apply(FTP, ROUTER)
     pid = conntrackd(orch)
     text = (
-        "profile: ftp\nhelpers: {ftp: {policies: {ftp: {expect_max: 4, expect_timeout: 1m}}, "
+        "profile: ftp\nhelpers: {ftp: {engine: conntrackd, policies: {ftp: {expect_max: 4, expect_timeout: 1m}}, "
         "attach: [{ports: [21, 2121]}]}}\n"
     )
     orch.steps.clear()

@@ -28,7 +28,7 @@ FTP = Registration(
     policies=(Policy("control", 8, 300), Policy("data", 255, 2)),
     priv_data_len=24,
 )
-ENTRIES = 150  # of 148 bytes, where the first page has at most 8 KiB; each costs 0.3 s to delete again on 6.1
+ENTRIES = 64  # of 148 bytes, where the first page has at most 8 KiB; each costs 0.3 s to delete again on 6.1
 DEL_REFUSES_WHILE_REFERENCED = tuple(map(int, os.uname().release.split(".")[:2])) < (7, 0)
 
 ASK_FROM_A_USER_NAMESPACE = """

@@ -1,6 +1,15 @@
-"""Real servers and clients through stateful filters: what hangs without a helper works with it, on every path."""
+"""Real servers and clients through stateful filters: what hangs without a helper works with it, on every path.
+
+The other engines and backends; the native engine has its own (test_oracle, test_real_software, test_native).
+"""
 
 from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from subprocess import CompletedProcess
 
 import pytest
 
@@ -19,74 +28,104 @@ from lab.topology import (
     SERVER_IP6,
 )
 from tests.hosts import Harness
+from tests.kernel.conftest import clean_orch
 
 BACKENDS = ("nftables", "iptables-nft", "iptables-legacy")
 MODES = {"PASV": PASSIVE, "PORT": ACTIVE, "EPSV": EXTENDED_PASSIVE, "EPRT": EXTENDED_ACTIVE}
 PLACES = {"incoming": (ROUTER, ROUTER_FILTER), "outgoing": (CLIENT, HOST_FILTER)}
+TIMED_OUT = 28
+Fetch = Callable[..., CompletedProcess[str]]
 
 
-def profile(helper: str, engine: str, backend: str, path: str, families: str) -> str:
-    return (
-        f"profile: t\nbackend: {backend}\nfamilies: [{families}]\n"
-        f"helpers: {{{helper}: {{engine: {engine}, attach: [{{path: [{path}]}}]}}}}\n"
-    )
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a filter is at work and helpers are to be attached."""
+
+    orch: Harness
+    path: str
+    netns: str
+
+    def apply(self, engine: str, backend: str) -> None:
+        attach = f"{{engine: {engine}, attach: [{{path: [{self.path}]}}]}}"
+        text = f"profile: t\nbackend: {backend}\nhelpers: {{ftp: {attach}, tftp: {attach}}}\n"
+        self.orch.apply(text, self.netns)
 
 
-@pytest.mark.parametrize("path", PLACES)
+@pytest.fixture(scope="module", params=PLACES)
+def filtered(routed: None, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    netns, ruleset = PLACES[request.param]
+    with clean_orch(tmp_path_factory.mktemp("state")) as orch:
+        topology.load_filter(netns, ruleset)
+        assert_nothing_passes()
+        yield Place(orch, request.param, netns)
+
+
+@pytest.fixture
+def place(filtered: Place) -> Iterator[Place]:
+    """Every test of a place begins without a profile."""
+    yield filtered
+    filtered.orch.teardown(every_netns=True)
+
+
+def ftp(mode: str, address: str = SERVER_IP, *, within_s: int = 8) -> CompletedProcess[str]:
+    return topology.ftp(*MODES[mode], address=address, within_s=within_s)
+
+
+def assert_nothing_passes() -> None:
+    """Transfers hang; at once, for each takes all the time that it may."""
+    fetches: list[Fetch] = [
+        lambda **how: ftp("PASV", **how),
+        lambda **how: ftp("EPSV", SERVER_IP6, **how),
+        topology.tftp,
+    ]
+    with ThreadPoolExecutor() as pool:
+        done = list(pool.map(lambda fetch: fetch(within_s=4), fetches))
+    assert {one.returncode for one in done} == {TIMED_OUT}, done
+
+
+def assert_passes(done: CompletedProcess[str]) -> None:
+    assert (done.stdout, done.stderr) == (CONTENT, ""), done
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_ftp_by_conntrackd(orch: Harness, backend: str, path: str) -> None:
-    """IPv4 only, and PASV and PORT only: its IPv6 makes no expectation, and its EPSV is broken."""
-    netns, ruleset = PLACES[path]
-    topology.load_filter(netns, ruleset)
-    assert topology.ftp(*PASSIVE, within_s=4).returncode != 0
-    orch.apply(profile("ftp", "conntrackd", backend, path, "ip"), netns)
-    with topology.expectation_events(netns) as events:
+def test_conntrackd(place: Place, backend: str) -> None:
+    """FTP on IPv4 only, and PASV and PORT only: its IPv6 makes no expectation, and its EPSV is broken."""
+    place.apply("conntrackd", backend)
+    with topology.expectation_events(place.netns) as events:
         for mode in ("PASV", "PORT"):
-            done = topology.ftp(*MODES[mode])
-            assert (done.stdout, done.stderr) == (CONTENT, ""), mode
-    assert sum("[NEW]" in line and "helper=ftp-us" in line for line in events) == 2
-    orch.teardown(netns=netns)
-    assert topology.ftp(*PASSIVE, within_s=4).returncode != 0
+            assert_passes(ftp(mode))
+        for address in (SERVER_IP, SERVER_IP6):
+            assert_passes(topology.tftp(address))
+    made = [line for line in events if "[NEW]" in line]
+    assert [sum(f"helper={name}" in line for line in made) for name in ("ftp-us", "tftp-us")] == [2, 2]
+    place.orch.teardown(netns=place.netns)
+    assert_nothing_passes()
 
 
-@pytest.mark.parametrize("path", PLACES)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_ftp_by_the_kernel(orch: Harness, backend: str, path: str) -> None:
-    netns, ruleset = PLACES[path]
-    topology.load_filter(netns, ruleset)
-    assert topology.ftp(address=SERVER_IP6, within_s=4).returncode != 0
-    orch.apply(profile("ftp", "kernel", backend, path, "ip, ip6"), netns)
-    cases = [(mode, SERVER_IP) for mode in MODES] + [(mode, SERVER_IP6) for mode in ("EPSV", "EPRT")]
-    for mode, address in cases:
-        done = topology.ftp(*MODES[mode], address=address)
-        assert (done.stdout, done.stderr) == (CONTENT, ""), (mode, address)
-
-
-@pytest.mark.parametrize("engine", ["conntrackd", "kernel"])
-@pytest.mark.parametrize("path", PLACES)
-def test_tftp(orch: Harness, engine: str, path: str) -> None:
-    netns, ruleset = PLACES[path]
-    topology.load_filter(netns, ruleset)
-    assert topology.tftp(within_s=4).returncode != 0
-    orch.apply(profile("tftp", engine, "nftables", path, "ip, ip6"), netns)
+def test_the_kernels_helpers(place: Place, backend: str) -> None:
+    place.apply("kernel", backend)
+    for mode, address in [*((mode, SERVER_IP) for mode in MODES), ("EPSV", SERVER_IP6), ("EPRT", SERVER_IP6)]:
+        assert_passes(ftp(mode, address))
     for address in (SERVER_IP, SERVER_IP6):
-        done = topology.tftp(address)
-        assert (done.stdout, done.stderr) == (CONTENT, ""), address
+        assert_passes(topology.tftp(address))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_attachment_is_as_narrow_as_the_profile(orch: Harness, backend: str) -> None:
-    """Interface, source, destination and port each decide; curl fetches from an address and port that match, or not."""
-    topology.load_filter(ROUTER, ROUTER_FILTER)
-    text = (
-        f"profile: t\nbackend: {backend}\nfamilies: [ip]\nhelpers: {{ftp: {{engine: kernel, attach: ["
-        "{path: [incoming], iif: INTERFACE, saddr: [SOURCE], daddr: [10.66.2.0/24], ports: [20-22]}]}}\n"
-    )
-    for interface, source, works in (
-        ("lan0", "10.66.1.0/24", True),
-        ("wan0", "10.66.1.0/24", False),
-        ("lan0", "10.66.7.0/24", False),
-    ):
-        orch.apply(text.replace("INTERFACE", interface).replace("SOURCE", source), ROUTER)
-        done = topology.ftp(*PASSIVE, within_s=8 if works else 4)
-        assert (done.returncode == 0) is works, (interface, source, done)
+@pytest.mark.parametrize("filtered", ["incoming"], indirect=True)
+def test_attachment_is_as_narrow_as_the_profile(place: Place, backend: str) -> None:
+    """Interface, source, destination and port each decide: what differs in one of them is not served."""
+    fits = {
+        "path": ["incoming"],
+        "iif": "lan0",
+        "saddr": ["10.66.1.0/24"],
+        "daddr": ["10.66.2.0/24"],
+        "ports": ["20-22"],
+    }
+    differs = {"iif": "wan0", "saddr": ["10.66.7.0/24"], "daddr": ["10.66.7.0/24"], "ports": [20, 22]}
+    others = [fits | {key: value} for key, value in differs.items()]
+    for attach, within_s, exit_code in ((others, 4, TIMED_OUT), ([*others, fits], 8, 0)):
+        helpers = {"ftp": {"engine": "kernel", "attach": attach}}
+        profile = {"profile": "t", "backend": backend, "families": ["ip"], "helpers": helpers}
+        place.orch.apply(json.dumps(profile), ROUTER)
+        assert ftp("PASV", within_s=within_s).returncode == exit_code

@@ -9,8 +9,17 @@ from itertools import combinations, pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.model import Attachment, HelperKey, L3Proto, L4Proto, Path, PortRange
-from orchestrator.ruleset import MULTIPORT_SLOTS, Element, IptablesRule, iptables_rules, merged_ports, rule_groups
+from orchestrator.model import Attachment, HelperKey, L3Proto, L4Proto, Path, PortRange, RuleQueue
+from orchestrator.ruleset import (
+    MULTIPORT_SLOTS,
+    Element,
+    IptablesRule,
+    QueueRule,
+    iptables_rules,
+    merged_ports,
+    queue_rules,
+    rule_groups,
+)
 
 PREFIXES = {
     L3Proto.IP: ("0.0.0.0/0", "10.0.0.0/8", "10.1.0.0/16", "10.1.2.0/24", "10.1.2.3", "10.128.0.0/9", "192.0.2.0/24"),
@@ -110,15 +119,21 @@ def wanted(attachments: tuple[Attachment, ...], c: Connection) -> set[str]:
     return {a.key.name for a in attachments if attached(a, c)}
 
 
-def by_nft(attachments: tuple[Attachment, ...], c: Connection) -> set[str]:
-    """What the groups do with a connection: a small model of nft's rules."""
-    found: set[str] = set()
-    for group in rule_groups(attachments):
+def labels_of(attachments: tuple[Attachment, ...], labelled: set[str]) -> dict[HelperKey, int]:
+    """Labels of the helpers with these names; one label for all families and protocols of a name."""
+    return {a.key: sorted(labelled).index(a.key.name) for a in attachments if a.key.name in labelled}
+
+
+def by_nft(attachments: tuple[Attachment, ...], labels: dict[HelperKey, int], c: Connection) -> set[tuple[str, int]]:
+    """The helper and label that the groups give to a connection (-1: none): a small model of nft's rules."""
+    found: set[tuple[str, int]] = set()
+    for group in rule_groups(attachments, labels):
         if (group.path, group.l3proto, group.l4proto) != (c.path, c.l3proto, c.l4proto):
             continue
-        if group.single is not None:
-            found |= wanted((group.single,), c)
-        found |= {e.helper.name for e in group.elements if matches(e, c)}
+        label = -1 if group.label is None else group.label
+        if group.single is not None and attached(group.single, c):
+            found.add(((group.key or group.single.key).name, label))
+        found |= {((group.key or e.helper).name, label) for e in group.elements if matches(e, c)}
     return found
 
 
@@ -142,12 +157,17 @@ def by_iptables(rule: IptablesRule, c: Connection) -> bool:
     )
 
 
-@given(profiles(), st.lists(connections(), min_size=1, max_size=20))
-def test_nft_groups_attach_what_the_attachments_say(
-    attachments: tuple[Attachment, ...], seen: list[Connection]
+labelled_names = st.sets(st.sampled_from(["ftp", "tns"]))
+
+
+@given(profiles(), labelled_names, st.lists(connections(), min_size=1, max_size=20))
+def test_nft_groups_attach_and_label_what_the_attachments_say(
+    attachments: tuple[Attachment, ...], labelled: set[str], seen: list[Connection]
 ) -> None:
+    labels = labels_of(attachments, labelled)
     for connection in seen:
-        assert by_nft(attachments, connection) == wanted(attachments, connection)
+        mine = {a.key for a in attachments if attached(a, connection)}
+        assert by_nft(attachments, labels, connection) == {(key.name, labels.get(key, -1)) for key in mine}
 
 
 @given(profiles(), st.lists(connections(), min_size=1, max_size=20))
@@ -159,9 +179,9 @@ def test_iptables_rules_attach_what_the_attachments_say(
         assert {r.helper for r in iptables_rules(mine) if by_iptables(r, c)} == wanted(attachments, c)
 
 
-@given(profiles())
-def test_entries_of_one_map_never_overlap(attachments: tuple[Attachment, ...]) -> None:
-    for group in rule_groups(attachments):
+@given(profiles(), labelled_names)
+def test_entries_of_one_set_or_map_never_overlap(attachments: tuple[Attachment, ...], labelled: set[str]) -> None:
+    for group in rule_groups(attachments, labels_of(attachments, labelled)):
         as_attachments = [
             Attachment(
                 e.helper,
@@ -176,16 +196,72 @@ def test_entries_of_one_map_never_overlap(attachments: tuple[Attachment, ...]) -
         assert not any(overlaps(a, b) for a, b in combinations(as_attachments, 2))
 
 
-@given(profiles())
-def test_an_entry_has_a_value_for_each_selector(attachments: tuple[Attachment, ...]) -> None:
-    for group in rule_groups(attachments):
+@given(profiles(), labelled_names)
+def test_an_entry_has_a_value_for_each_selector(attachments: tuple[Attachment, ...], labelled: set[str]) -> None:
+    for group in rule_groups(attachments, labels_of(attachments, labelled)):
         assert all(len(e.values) == len(group.selectors) for e in group.elements)
         assert group.single is None or len(group.conditions) == len(group.selectors)
 
 
-@given(profiles())
-def test_the_order_of_attachments_does_not_matter(attachments: tuple[Attachment, ...]) -> None:
-    assert [g.elements for g in rule_groups(attachments)] == [g.elements for g in rule_groups(reversed(attachments))]
+@given(profiles(), labelled_names)
+def test_the_order_of_attachments_does_not_matter(attachments: tuple[Attachment, ...], labelled: set[str]) -> None:
+    labels = labels_of(attachments, labelled)
+    forwards, backwards = rule_groups(attachments, labels), rule_groups(reversed(attachments), labels)
+    assert [g.elements for g in forwards] == [g.elements for g in backwards]
+
+
+triggers = st.lists(st.binary(min_size=1, max_size=4), max_size=6).map(tuple)
+
+
+def is_queued_by(rule: QueueRule, l4proto: L4Proto, payload: bytes, *, is_adjusted: bool) -> bool:
+    """What a queue rule does with a packet of a labelled connection: a small model of nft's matches."""
+    for match in rule.matches:
+        if match.startswith("meta l4proto "):
+            is_met = match.split()[-1] == l4proto
+        elif match == "ct status & 64 == 64":
+            is_met = is_adjusted
+        elif match == "@ih,0,8 >= 0":
+            is_met = bool(payload)
+        else:
+            bits, values = match.removeprefix("@ih,0,").split(" ", 1)
+            is_met = f"0x{payload[: int(bits) // 8].hex()}" in values.strip("{} ").split(", ")
+        if not is_met:
+            return False
+    return True
+
+
+@given(
+    st.sets(st.sampled_from(L4Proto), min_size=1),
+    triggers,
+    st.sampled_from(L4Proto),
+    st.binary(max_size=6),
+    st.booleans(),
+)
+def test_queue_rules_queue_payloads_and_only_those_with_a_trigger_if_there_are_any(
+    served: set[L4Proto],
+    begins: tuple[bytes, ...],
+    l4proto: L4Proto,
+    rest: bytes,
+    is_adjusted: bool,  # noqa: FBT001
+) -> None:
+    """The triggers are TCP's; only TCP's sequence numbers can have been adjusted."""
+    keys = tuple(HelperKey("x", L3Proto.IP, served_l4) for served_l4 in sorted(served))
+    is_tcp = l4proto is L4Proto.TCP
+    queue = RuleQueue("x", keys, 5, 10, 11 if L4Proto.TCP in served else None, begins)
+    for payload in {rest, *(begin + rest for begin in begins)}:
+        hit = next(
+            (
+                r.queue_num
+                for r in queue_rules(queue)
+                if is_queued_by(r, l4proto, payload, is_adjusted=is_adjusted and is_tcp)
+            ),
+            None,
+        )
+        if l4proto not in served:
+            continue
+        wanted_queue = 11 if is_adjusted and is_tcp else 10
+        is_wanted = bool(payload) and (not is_tcp or not begins or payload.startswith(begins))
+        assert hit == (wanted_queue if is_wanted else None)
 
 
 @given(st.lists(port_ranges, max_size=8))

@@ -135,7 +135,7 @@ def test_a_kernel_without_the_subsystem_is_refused(orch: Harness, kernel: FakeKe
 
 
 def test_removing_a_helper_with_live_connections_asks(orch: Harness, kernel: FakeKernel) -> None:
-    orch.apply("profile: ftp\nhelpers: {ftp: {}, tftp: {engine: conntrackd}}\n")
+    orch.apply("profile: ftp\nhelpers: {ftp: {engine: conntrackd}, tftp: {engine: conntrackd}}\n")
     kernel.namespaces[""].connections["tftp-us"] = 1
     orch.answer = False
     before = kernel.dump_text()
@@ -184,13 +184,13 @@ def test_another_queue_in_a_second_namespace_is_refused(orch: Harness, kernel: F
     for name in ("blue", "red"):
         kernel.add_netns(name)
     orch.apply(FTP, "blue")
-    text = refusal(orch, "profile: other\nhelpers: {ftp: {queue: 9}}\n", "red")
+    text = refusal(orch, "profile: other\nhelpers: {ftp: {engine: conntrackd, queue: 9}}\n", "red")
     assert "ftp-us/ip/tcp is shared with profile ftp in netns blue, which wants it otherwise: queue 36160 -> 9" in text
 
 
 def test_two_profiles_of_a_namespace_cannot_share(orch: Harness) -> None:
     orch.apply(FTP)
-    text = refusal(orch, "profile: other\nhelpers: {ftp: {attach: [{ports: [2121]}]}}\n")
+    text = refusal(orch, "profile: other\nhelpers: {ftp: {engine: conntrackd, attach: [{ports: [2121]}]}}\n")
     assert "ftp-us/ip/tcp is already used in this namespace by profile ftp" in text
 
 
@@ -215,7 +215,7 @@ def _row() -> QueueRow:
 
 
 TFTP = "profile: b\nhelpers: {tftp: {engine: conntrackd}}\n"
-BOTH = "profile: ftp\nhelpers: {ftp: {}, sane: {engine: conntrackd}}\n"
+BOTH = "profile: ftp\nhelpers: {ftp: {engine: conntrackd}, sane: {engine: conntrackd}}\n"
 
 
 @pytest.fixture
@@ -324,7 +324,7 @@ def test_a_namespace_that_got_the_inode_of_a_deleted_one_is_another(orch: Harnes
         kernel.kill(pid)
     del kernel.namespaces["blue"]
     kernel.namespaces["red"] = FakeNetns(replace(blue, label="red", path="/run/netns/red"))
-    orch.apply("profile: other\nhelpers: {ftp: {}}\n", "red")
+    orch.apply("profile: other\nhelpers: {ftp: {engine: conntrackd}}\n", "red")
     assert orch.warnings == ["netns blue is gone, and profile ftp with it"]
     assert [str(p.owner) for p in orch.status().profiles] == ["profile other in netns red"]
     orch.teardown(every_netns=True)
@@ -496,7 +496,7 @@ def test_a_replace_takes_the_rules_away_first_and_asks(orch: Harness, kernel: Fa
 def test_a_policy_is_updated_in_place(orch: Harness) -> None:
     orch.apply(FTP)
     orch.steps.clear()
-    plan = orch.apply("profile: ftp\nhelpers: {ftp: {policies: {ftp: {expect_max: 4}}}}\n").plan
+    plan = orch.apply("profile: ftp\nhelpers: {ftp: {engine: conntrackd, policies: {ftp: {expect_max: 4}}}}\n").plan
     assert [c.detail for c in plan.changes] == ["policy ftp: expect_max 1 -> 4"]
     assert orch.steps == ["update helper ftp-us/ip/tcp"]
 
@@ -504,7 +504,7 @@ def test_a_policy_is_updated_in_place(orch: Harness) -> None:
 def test_another_queue_restarts_behind_a_disabled_registration(orch: Harness) -> None:
     orch.apply(FTP)
     orch.steps.clear()
-    orch.apply("profile: ftp\nhelpers: {ftp: {queue: 9}}\n")
+    orch.apply("profile: ftp\nhelpers: {ftp: {engine: conntrackd, queue: 9}}\n")
     assert orch.steps == [
         "disable helper ftp-us/ip/tcp",
         "drain queue 36160",
@@ -518,7 +518,7 @@ def test_another_queue_restarts_behind_a_disabled_registration(orch: Harness) ->
 
 
 def test_a_removed_helper_is_retired_after_the_rules(orch: Harness, kernel: FakeKernel) -> None:
-    orch.apply("profile: ftp\nhelpers: {ftp: {}, sane: {engine: conntrackd}}\n")
+    orch.apply("profile: ftp\nhelpers: {ftp: {engine: conntrackd}, sane: {engine: conntrackd}}\n")
     orch.steps.clear()
     orch.apply(FTP)
     rules = orch.steps.index("load rules inet orch-ftp")

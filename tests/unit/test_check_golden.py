@@ -12,13 +12,14 @@ import pytest
 
 from orchestrator.errors import ProfileError
 from orchestrator.profile import load_file
+from orchestrator.supervise.describe import describe
 
 CASES = sorted(p for p in (Path(__file__).parents[1] / "golden" / "check").iterdir() if p.is_dir())
 
 
 def findings(case: Path) -> str:
     try:
-        warnings = load_file(case / "profile.yaml").warnings
+        warnings = load_file(case / "profile.yaml", describe).warnings
     except ProfileError as error:
         lines = [f"{p.place}: {p.message}" + (f" (hint: {p.hint})" if p.hint else "") for p in error.problems]
     else:

@@ -175,7 +175,8 @@ def test_a_closed_stderr_does_not_stop_the_work(orch: Terminal, monkeypatch: pyt
     assert orch("apply", "-q", file)[0] == 0
     orch.kernel._fail = {len(orch.kernel.calls) + 2: 5}
     before = orch.kernel.dump_text()
-    assert orch("apply", orch.profile("profile: ftp\nhelpers: {ftp: {queue: 9}}\n"))[0] == ExitCode.FAILED
+    changed = orch.profile("profile: ftp\nhelpers: {ftp: {engine: conntrackd, queue: 9}}\n")
+    assert orch("apply", changed)[0] == ExitCode.FAILED
     assert orch.kernel.dump_text() == before
 
 
@@ -257,7 +258,7 @@ def test_json_ends_with_a_result_line(orch: Terminal) -> None:
     assert [line["type"] for line in lines] == ["step"] * 6 + ["result"]
     assert lines[-1] | {"report": None} == {
         "type": "result",
-        "schema": "1.0",
+        "schema": "1.1",
         "command": "apply",
         "exit_code": code,
         "report": None,

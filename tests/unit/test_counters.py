@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from dataclasses import fields
 from pathlib import Path
@@ -69,6 +70,8 @@ def test_a_reader_never_sees_half_of_a_write(path: str) -> None:
                 setattr(page.counters, field.name, getattr(page.counters, field.name) + 1)
             page.beat()
 
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # else the writer may keep the interpreter for 5 ms each time
     writer = threading.Thread(target=write)
     writer.start()
     try:
@@ -78,6 +81,7 @@ def test_a_reader_never_sees_half_of_a_write(path: str) -> None:
     finally:
         stop.set()
         writer.join()
+        sys.setswitchinterval(interval)
 
 
 def test_a_write_that_was_never_finished_is_told(path: str) -> None:

@@ -13,7 +13,7 @@ import pytest
 import typer.main
 
 from orchestrator import catalogue, profile, profile_schema
-from orchestrator.catalogue import CatalogueEntry
+from orchestrator.catalogue import CatalogueEntry, EngineEntry
 from orchestrator.cli import ExitCode, cli
 from orchestrator.model import Policy
 
@@ -161,6 +161,8 @@ def test_every_key_of_a_profile_has_a_row() -> None:
         profile_schema.HelperDoc,
         profile_schema.AttachDoc,
         profile_schema.PolicyDoc,
+        profile_schema.GuardDoc,
+        profile_schema.ProcessDoc,
     )
     assert {key for document in documents for key in document.model_fields} - rows == set()
 
@@ -171,7 +173,7 @@ def test_the_tables_of_helpers_are_the_catalogue(entry: CatalogueEntry) -> None:
     assert catalogue_row(entry) in lines
     for engine in entry.engines:
         for policy in engine.policies:
-            assert policy_row(entry.name, policy, engine.priv_data_len) in lines
+            assert policy_row(entry, engine, policy) in lines
 
 
 def catalogue_row(entry: CatalogueEntry) -> str:
@@ -180,9 +182,10 @@ def catalogue_row(entry: CatalogueEntry) -> str:
     return f"| `{entry.name}` | {ports} | {', '.join(entry.paths)} | {engines} |"
 
 
-def policy_row(name: str, policy: Policy, priv_data_len: int) -> str:
-    limits = f"{policy.expect_max} | {policy.expect_timeout_s} s | {priv_data_len} bytes"
-    return f"| `{name}` | `{policy.name}` | {limits} |"
+def policy_row(entry: CatalogueEntry, engine: EngineEntry, policy: Policy) -> str:
+    private = max(engine.priv_data_len(protocol.l4proto) for protocol in entry.protocols)
+    limits = f"{policy.expect_max} | {policy.expect_timeout_s} s | {private} bytes"
+    return f"| `{entry.name}` | {engine.engine} | `{policy.name}` | {limits} |"
 
 
 def test_there_is_something_to_test() -> None:

@@ -20,9 +20,7 @@ LOOSE = Bounds(first_port=1, is_any_source=True, is_any_destination=True, is_per
 GOOD = Expect(L4.TCP, port=2000, address=CLIENT, text=(5, 20))
 
 
-def ask(
-    expect: Expect, flow: Flow = PLAIN, direction: Direction = Direction.ORIGINAL, bounds: Bounds = STRICT
-) -> str:
+def ask(expect: Expect, flow: Flow = PLAIN, direction: Direction = Direction.ORIGINAL, bounds: Bounds = STRICT) -> str:
     return refusal(expect, flow, direction, bounds=bounds, policies=POLICIES, payload_len=22)
 
 

@@ -12,34 +12,37 @@ PACKAGE = Path(__file__).parents[2] / "orchestrator"
 # What each layer may import from the project, besides itself; the lists are short on purpose.
 BASE = {"orchestrator", "errors", "model"}
 PURE = BASE | {"ports", "state", "catalogue", "overlap", "launches", "serial"}
-PROFILE = BASE | {"catalogue", "document", "overlap", "profile_schema", "resolve", "attach", "queues", "yamltext"}
+PROFILE = BASE | {"catalogue", "document", "overlap", "yamltext"}
+PROFILE |= {"profile_schema", "resolve", "choose", "attach", "queues"}
 PLAN = PURE | {"plan_registrations", "plan_processes", "plan_rules"}
 LAYERS: dict[str, set[str]] = {
     "__main__": {"cli"},
     "errors": set(),
     "model": set(),
-    "ports": BASE,
+    "ports": BASE | {"engine"},
     "state": BASE | {"ports"},
     "serial": set(),
-    "catalogue": BASE,
+    "engine": set(),
+    "helpers": {"engine"},
+    "catalogue": BASE | {"engine"},
     "launches": BASE | {"ports"},
     "overlap": BASE,
-    **dict.fromkeys(("attach", "document", "profile", "profile_schema", "queues", "resolve", "yamltext"), PROFILE),
+    **dict.fromkeys(("attach", "choose", "profile", "profile_schema", "queues", "resolve", "yamltext"), PROFILE),
+    "document": BASE | {"engine"},
     **dict.fromkeys(("render", "ruleset"), BASE | {"document", "ruleset", "yamltext"}),
     **dict.fromkeys(("plan", "plan_registrations", "plan_processes", "plan_rules"), PLAN),
     "journal": PURE,
     "execute": PURE | {"journal"},
     "observe": PURE | {"journal"},
-    "status": PURE,
+    "status": PURE | {"engine"},
     "reports": PURE | {"execute"},
-    "engine": set(),
-    "helpers": {"engine"},
-    "fake": BASE | {"ports"},
+    "fake": BASE | {"ports", "engine"},
     "kernel": BASE | {"ports", "kernel"},
-    "supervise": BASE | {"ports", "supervise"},
+    "supervise": BASE | {"ports", "engine", "catalogue"},
+    "replay": {"errors", "engine"},
     "app": PURE | {"execute", "journal", "observe", "plan", "reports", "status", "kernel", "supervise"},
-    "views": PURE | {"reports", "execute", "status", "views"},
-    "cli": PURE | {"reports", "app", "execute", "kernel", "profile", "render", "views"},
+    "views": PURE | {"replay", "reports", "execute", "status", "views"},
+    "cli": PURE | {"replay", "reports", "app", "execute", "kernel", "profile", "render", "supervise", "views"},
 }
 
 

@@ -22,8 +22,19 @@ NFT = """table inet orch-x {
 		continue comment "orch profile=x digest=0123456789abcdef"
 	}
 
+	chain queue-ftp {
+		ct status & 0x40 == 0x40 @ih,0,8 >= 0x0 queue flags bypass to 40001
+		@ih,0,32 { 0x45505254, 0x504f5254 } queue flags bypass to 40000
+	}
+
+	chain postrouting-max1 {
+		type filter hook postrouting priority 2147483646; policy accept;
+		ct label 69 jump queue-ftp
+	}
+
 	chain prerouting-mangle150 {
 		type filter hook prerouting priority mangle; policy accept;
+		ct state new iifname . tcp dport { "lan0" . 21, "lan1" . 21-30 } ct helper set "ftp/ip/tcp" ct label set 69
 		ct state new iifname "lan0" tcp dport { 21, 2121-2125 } ct helper set "ftp/ip/tcp"
 		ct state new ct helper set ip6 saddr . tcp dport map { fd00::1 . 21 : "ftp/ip/tcp", fd00::2 . 21 : "both" }
 		udp dport 69 ct helper set "both"
@@ -66,6 +77,20 @@ def test_elements_of_a_concatenation_are_put_in_order_one_per_line() -> None:
     )
     assert nft_listing(NFT) == nft_listing(swapped)
     assert '\t\t\tfd00::1 . 21 : "ftp/ip/tcp",\n\t\t\tfd00::2 . 21 : "both"\n' in nft_listing(NFT).text
+    swapped = NFT.replace('"lan0" . 21, "lan1" . 21-30', '"lan1" . 21-30, "lan0" . 21')
+    assert nft_listing(NFT) == nft_listing(swapped)
+    assert 'dport {\n\t\t\t"lan0" . 21,\n\t\t\t"lan1" . 21-30\n\t\t} ct' in nft_listing(NFT).text
+
+
+def test_chains_and_objects_are_in_the_order_of_their_names() -> None:
+    """nft lists them as they were made, and replacing rules in place keeps those that are there."""
+    head, *blocks, last = NFT.removesuffix("\n}\n").split("\n\n")
+    head, first = head.split("{\n", 1)
+    swapped = head + "{\n" + "\n\n".join([last, *blocks, first]) + "\n}\n"
+    assert swapped != NFT
+    assert nft_listing(swapped) == nft_listing(NFT)
+    names = [line for line in nft_listing(NFT).text.splitlines() if line.startswith(("\tchain", "\tct"))]
+    assert names == sorted(names)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +117,15 @@ def test_elements_of_a_concatenation_are_put_in_order_one_per_line() -> None:
         ("\tchain about", "\tset s {\n\t\ttype ipv4_addr\n\t}\n\n\tchain about"),
         ("udp dport 69", "udp dport 69 accept\n\t\tudp dport 69"),
         ("table inet orch-x", "table ip orch-x"),
+        ("label set 69", "label set 68"),
+        ("label 69 jump", "label 68 jump"),
+        ("jump queue-ftp", "goto queue-ftp"),
+        ("2147483646", "2147483645"),
+        ("flags bypass to 40001", "to 40001"),
+        ("to 40001", "to 40002"),
+        (", 0x504f5254", ""),
+        ("@ih,0,8 >= 0x0 ", ""),
+        ('"lan1" . 21-30', '"lan1" . 21-31'),
     ],
 )
 def test_nothing_else_in_a_table_is_hidden(old: str, new: str) -> None:
@@ -102,7 +136,7 @@ def test_nothing_else_in_a_table_is_hidden(old: str, new: str) -> None:
 def test_the_order_of_rules_is_not_hidden() -> None:
     lines = NFT.splitlines(keepends=True)
     rules = [i for i, line in enumerate(lines) if "ct helper set" in line]
-    lines[rules[0]], lines[rules[2]] = lines[rules[2]], lines[rules[0]]
+    lines[rules[0]], lines[rules[-1]] = lines[rules[-1]], lines[rules[0]]
     assert nft_listing("".join(lines)) != nft_listing(NFT)
 
 

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import profile, render
+from orchestrator import launches, profile, render
 from orchestrator.document import problems_of_iptables, problems_of_nft
+from orchestrator.engine import settings
 from orchestrator.errors import ProfileError
-from orchestrator.model import Desired
+from orchestrator.model import Desired, Netns
 
-DESIRED = profile.load("profile: edge\nhelpers: {ftp: {}, tftp: {engine: kernel}}", "p.yaml")
+DESIRED = profile.load("profile: edge\nhelpers: {ftp: {engine: conntrackd}, tftp: {engine: kernel}}", "p.yaml")
+NATIVE = profile.load("profile: edge\nhelpers: {ftp: {}, tftp: {}}", "p.yaml")
 DIGEST = "0123456789abcdef"
 
 
@@ -190,9 +192,69 @@ def test_iptables_rules_that_touch_anything_else_are_refused(old: str, new: str)
     assert list(problems_of_iptables(GOOD_IPTABLES.replace(old, new), "x", DIGEST))
 
 
-def test_ten_thousand_attachments_are_one_rule() -> None:
-    (helper,) = profile.load("profile: edge\nhelpers: {tftp: {engine: kernel}}", "p.yaml").helpers
-    one = helper.attachments[0]
+@pytest.mark.parametrize("engine", ["kernel", "native"])
+def test_ten_thousand_attachments_are_one_rule(engine: str) -> None:
+    desired = profile.load(f"profile: edge\nhelpers: {{tftp: {{engine: {engine}}}}}", "p.yaml")
+    one = desired.helpers[0].attachments[0]
     many = tuple(replace(one, saddr=(f"10.{i >> 8}.{i & 255}.0/24",), interface=f"lan{i % 50}") for i in range(10_000))
-    target = render.target(replace(DESIRED, helpers=(replace(helper, attachments=many),)))
+    target = render.target(replace(desired, helpers=(replace(desired.helpers[0], attachments=many),)))
     assert target.rules.documents[0].text.count("ct state new") == 1
+
+
+def test_what_a_process_is_told_is_what_the_profile_asks_for() -> None:
+    guard = "{ports: 20-546, source: any, destination: any, permanent: true}"
+    text = f"profile: edge\nhelpers: {{ftp: {{inspect: triggers, guard: {guard}, process: {{user: me}}, label: 7}}}}"
+    desired = profile.load(text, "p.yaml")
+    (native,) = desired.natives
+    told = settings.parse(text_of(desired, "helper-ftp.toml"))
+    assert (told.name, told.use, told.names, told.queues) == (native.name, "ftp", ("ftp-us",), native.queues)
+    assert (told.queueing, told.inspect, told.label, told.user) == ("rules", "triggers", 7, "me")
+    bounds = told.bounds
+    assert (bounds.first_port, bounds.last_port) == (20, 546)
+    assert (bounds.is_any_source, bounds.is_any_destination, bounds.is_permanent) == (True, True, True)
+
+
+@pytest.mark.parametrize("name", ['a "b', "a\\b", "ä", "\N{ROCKET}", "a\tb"])
+def test_the_path_of_a_helper_comes_back_as_it_is(name: str) -> None:
+    (native, other) = NATIVE.natives
+    native = replace(native, file=f"/{name}.py", sha256="0" * 64)
+    assert settings.parse(text_of(replace(NATIVE, natives=(native, other)), "helper-ftp.toml")).file == native.file
+
+
+def test_a_process_is_started_anew_when_it_is_told_something_else() -> None:
+    netns = Netns("host", "", "1:1")
+    digests = set()
+    for user in ("nobody", "daemon"):
+        desired = replace(NATIVE, natives=tuple(replace(n, user=user) for n in NATIVE.natives))
+        target = render.target(desired)
+        digests.add(launches.launches("edge", netns, target.processes, target.documents)[0].digest)
+    assert len(digests) == 2
+
+
+def test_a_document_that_is_no_settings_is_refused(tmp_path: Path) -> None:
+    error = refusal("helper.toml", 'name = "ftp"\n', tmp_path, desired=NATIVE)
+    assert error.problems[0].message.startswith("helper-ftp.toml: ")
+    assert error.problems[0].source == str(tmp_path / "helper.toml.j2")
+
+
+def test_a_helper_that_asks_many_is_queued_where_they_are_one_packet() -> None:
+    """To many in the output hook alone; what a single host sends, at the end of the path as ever."""
+    ftp, tftp = NATIVE.rule_queues
+    text = text_of(replace(NATIVE, rule_queues=(ftp, replace(tftp, is_multicast=True))), "ruleset.nft")
+    jumps = [line.strip() for line in text.splitlines() if line.endswith("jump queue-tftp")]
+    label = f"ct label {tftp.label}"
+    assert jumps == [
+        f"{label} fib daddr type != {{ broadcast, multicast }} jump queue-tftp",
+        f'{label} iifname != "lo" fib daddr type != {{ broadcast, multicast }} jump queue-tftp',
+        f"{label} fib daddr type {{ broadcast, multicast }} jump queue-tftp",
+    ]
+    assert text.count("jump queue-ftp") == 2
+
+
+def test_only_helpers_that_rules_queue_have_a_label_and_queues() -> None:
+    text = text_of(
+        profile.load("profile: edge\nhelpers: {ftp: {queueing: registration}, tftp: {}}", "p.yaml"), "ruleset.nft"
+    )
+    assert "chain queue-ftp" not in text
+    assert [line for line in text.splitlines() if "tcp dport" in line and "label" in line] == []
+    assert [line for line in text.splitlines() if "udp dport" in line and "label" not in line] == []

@@ -17,6 +17,7 @@ from orchestrator import profile, render
 from orchestrator.errors import KernelError, PreflightError
 from orchestrator.kernel import conntrack, iptables, modules, netns
 from orchestrator.kernel.filters import unrelated_filters
+from orchestrator.kernel.foreign_queues import foreign_queues
 from orchestrator.kernel.iptables import IptablesRules
 from orchestrator.kernel.nft import NftRules, nft_tables
 from orchestrator.model import (
@@ -111,6 +112,7 @@ def test_looking_leaves_no_trace_and_loads_no_module(adapter: RuleBackend, space
     adapter.profiles(space)
     adapter.foreign_references(space)
     unrelated_filters(space)
+    foreign_queues(space)
     adapter.flush(space, "unit")
     adapter.remove(space, "unit")
     assert sorted(p.name for p in FilePath("/sys/module").iterdir()) == before
@@ -143,6 +145,13 @@ def test_what_is_no_longer_wanted_goes_with_the_next_load(adapter: RuleBackend, 
     assert listing == adapter.expected(rules(backend, ONLY_IP))
     assert listing
     assert {k.l3proto for k in listing.helpers} == {L3Proto.IP}
+
+
+def test_what_is_new_comes_with_the_next_load(adapter: RuleBackend, backend: Backend, space: Netns) -> None:
+    """Added to a table that exists, chains and objects are listed elsewhere than in one that is made anew."""
+    adapter.load(space, rules(backend, "profile: unit\nhelpers: {tftp: {engine: kernel, attach: [{path: outgoing}]}}"))
+    adapter.load(space, rules(backend))
+    assert adapter.listing(space, "unit") == adapter.expected(rules(backend))
 
 
 def test_a_refused_load_leaves_everything_as_it_was(adapter: RuleBackend, backend: Backend, space: Netns) -> None:
@@ -259,6 +268,18 @@ def test_dropping_filters_are_found_in_every_kind_of_table(space: Netns) -> None
     run("iptables-legacy", "-A", "FORWARD", "-m", "conntrack", "--ctstate", "RELATED", "-j", "ACCEPT")
     run("iptables-nft", "-A", "FORWARD", "-m", "conntrack", "--ctstate", "RELATED", "-j", "ACCEPT")
     assert unrelated_filters(space) == ()
+
+
+def test_queues_of_others_are_found_in_every_kind_of_table(space: Netns) -> None:
+    NftRules().load(space, rules(Backend.NFTABLES))
+    assert foreign_queues(space) == ()
+    for program in ("iptables-legacy", "ip6tables-nft"):
+        run(program, "-t", "mangle", "-N", "ips")
+        run(program, "-t", "mangle", "-A", "ips", "-p", "tcp", "-j", "NFQUEUE", "--queue-num", "3")
+    assert foreign_queues(space) == ()
+    for program in ("iptables-legacy", "ip6tables-nft"):
+        run(program, "-t", "mangle", "-A", "FORWARD", "-j", "ips")
+    assert foreign_queues(space) == ("ip mangle (iptables-legacy) FORWARD", "ip6 mangle FORWARD")
 
 
 @pytest.fixture

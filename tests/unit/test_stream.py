@@ -34,7 +34,12 @@ def test_any_private_data_is_a_state(state: bytes) -> None:
 
 @given(DIRECTIONS, SEQS, SEQS, st.booleans(), SEQS, st.integers(0, 65535))
 def test_directions_do_not_touch_each_other(
-    direction: Direction, seq: int, other_seq: int, is_partial: bool, text_seq: int, port: int  # noqa: FBT001
+    direction: Direction,
+    seq: int,
+    other_seq: int,
+    is_partial: bool,
+    text_seq: int,
+    port: int,  # noqa: FBT001
 ) -> None:
     stream = Stream(bytes(STREAM_STATE_LEN))
     stream.advance(direction.opposite, other_seq, is_partial=not is_partial)

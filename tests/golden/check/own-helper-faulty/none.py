@@ -1,0 +1,1 @@
+"""No helper in here."""

@@ -1,0 +1,3 @@
+import json
+
+limit = json.loads("[1, 2")

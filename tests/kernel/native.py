@@ -1,0 +1,165 @@
+"""A router on which native helpers work, and what a test does to them: stop, kill, count, lose packets."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from lab.expectations import Events, expectations_made
+from lab.topology import ROUTER, ROUTER_FILTER, inside, load_filter
+from orchestrator.engine.counters import Counters
+from orchestrator.kernel.netns import find
+from orchestrator.model import Status
+from orchestrator.ports import ProcessSeen
+from orchestrator.supervise.launcher import LocalProcesses
+from tests.hosts import Harness
+from tests.kernel.conftest import REPORTS, clean_orch
+
+FTP_PORT, TFTP_PORT = 2121, 1069
+QUEUEINGS = ("rules", "registration")
+ACTIVE = {False: "PORT", True: "EPRT"}
+PASSIVE = {False: "PASV", True: "EPSV"}
+families = pytest.mark.parametrize("ip6", [False, True], ids=["ip", "ip6"])
+FIGURES = REPORTS.setdefault("native engine: how long traffic was held", [])
+
+_WITHIN_S = 30.0
+_POLL_S = 0.005
+
+
+def ftp_and_tftp(queueing: str) -> str:
+    """A profile for the scripted servers."""
+    return (
+        "profile: native\nhelpers:\n"
+        f"  ftp: {{queueing: {queueing}, attach: [{{path: incoming, ports: {FTP_PORT}}}]}}\n"
+        f"  tftp: {{queueing: {queueing}, attach: [{{path: incoming, ports: {TFTP_PORT}}}]}}\n"
+    )
+
+
+def starts_with(word: str) -> str:
+    """The match for payloads to the scripted FTP server, or from it, that begin with four characters."""
+    port = "sport" if word[0].isdigit() else "dport"
+    return f"tcp {port} {FTP_PORT} @ih,0,32 0x{word.encode().hex()}"
+
+
+def until(holds: Callable[[], bool], what: str) -> float:
+    """Wait; seconds that it took."""
+    started = time.monotonic()
+    while not holds():
+        assert time.monotonic() < started + _WITHIN_S, f"not within {_WITHIN_S:g} s: {what}"
+        time.sleep(_POLL_S)
+    return time.monotonic() - started
+
+
+@dataclass(slots=True)
+class Router:
+    """The router of the topology with a profile applied; `events` are the expectations made on it."""
+
+    orch: Harness
+    text: str
+    queueing: str
+    events: Events
+
+    def apply(self) -> None:
+        self.orch.apply(self.text, ROUTER)
+
+    def process(self, name: str = "ftp") -> ProcessSeen:
+        return next(p for p in self.orch.system.processes.running() if p.name == name)
+
+    def counters(self, name: str = "ftp") -> Counters:
+        process = self.process(name)
+        seen = self.orch.system.processes.counters(process.profile, find(ROUTER), name)
+        assert seen is not None
+        return seen.counters
+
+    def log(self, name: str) -> str:
+        processes = self.orch.system.processes
+        assert isinstance(processes, LocalProcesses)
+        return (processes.runtime_dir(self.process(name).profile, find(ROUTER)) / f"{name}.log").read_text()
+
+    def queues(self, name: str = "ftp") -> tuple[int, ...]:
+        (profile,) = self.orch.status().profiles
+        return next(tuple(q.queue_num for q in h.queues) for h in profile.helpers if h.name == name)
+
+    def waiting(self, *queues: int) -> int:
+        return sum(row.waiting for row in self.orch.system.host.queues(find(ROUTER)) if row.queue_num in queues)
+
+    def dropped(self, queue_num: int) -> int:
+        """Packets of a queue that the kernel did not keep."""
+        rows = self.orch.system.host.queues(find(ROUTER))
+        return next(row.queue_dropped + row.user_dropped for row in rows if row.queue_num == queue_num)
+
+    def wait_for(self, waiting: int, *queues: int) -> None:
+        until(lambda: self.waiting(*queues) >= waiting, f"{waiting} packets in queues {queues}")
+
+    @contextlib.contextmanager
+    def stopped(self, name: str = "ftp") -> Iterator[int]:
+        """A helper process that does nothing until the block ends; its pid."""
+        pid = self.process(name).pid
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            yield pid
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+    def kill(self, name: str = "ftp") -> None:
+        """SIGKILL; return once the kernel has let go of everything the process held."""
+        pidfd = os.pidfd_open(self.process(name).pid)
+        try:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            assert select.select([pidfd], [], [], _WITHIN_S)[0]
+        finally:
+            os.close(pidfd)
+
+    def wait_disabled(self, name: str) -> float:
+        """Wait for the watcher: seconds until no registration of that name is enabled."""
+        return until(lambda: self._statuses(name) == {Status.DISABLED}, f"{name} disabled")
+
+    def _statuses(self, name: str) -> set[Status]:
+        return {r.status for r in self.orch.system.registry.dump() if r.key.name == name}
+
+
+@contextlib.contextmanager
+def router(text: str, queueing: str, state: Path, *, filters: str = "") -> Iterator[Router]:
+    """A router that drops what nobody expects, except what `filters` accepts (nft commands)."""
+    with clean_orch(state) as orch, expectations_made(ROUTER) as events:
+        load_filter(ROUTER, ROUTER_FILTER)
+        if filters:
+            load_filter(ROUTER, filters)
+        orch.apply(text, ROUTER)
+        yield Router(orch, text, queueing, events)
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """What is being lost on its way to a host."""
+
+    netns: str
+
+    def count(self) -> int:
+        listing = inside(self.netns, "nft", "list", "table", "inet", "lossy").stdout
+        return int(listing.partition("packets ")[2].split()[0])
+
+    def wait(self) -> None:
+        """Wait until one more is lost than until now."""
+        before = self.count()
+        until(lambda: self.count() > before, "something is lost")
+
+
+@contextlib.contextmanager
+def losing(netns: str, match: str) -> Iterator[Losses]:
+    """Lose every packet that comes to a host and matches, until the block ends."""
+    chain = f"chain arriving {{ type filter hook prerouting priority -450; {match} counter drop; }};"
+    load_filter(netns, f"table inet lossy {{ {chain} }}")
+    try:
+        yield Losses(netns)
+    finally:
+        inside(netns, "nft", "delete", "table", "inet", "lossy")

@@ -1,0 +1,110 @@
+"""Native helper processes that cannot start, as orch starts them: each says why in one line, and is gone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import HelperProcessError
+from orchestrator.kernel.netns import find
+from orchestrator.model import Netns
+from orchestrator.supervise.launcher import LocalProcesses
+from tests.processes import DOCUMENT, NAME, OWN_HELPER, PROFILE, launch, local_processes, own_file
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and ip(8)")
+
+
+@pytest.fixture
+def netns() -> Iterator[Netns]:
+    name = f"orch-{uuid.uuid4().hex[:8]}"
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    try:
+        yield find(name)
+    finally:
+        subprocess.run(["ip", "netns", "delete", name], check=True)
+
+
+@pytest.fixture
+def processes(tmp_path: Path, netns: Netns) -> Iterator[LocalProcesses]:
+    with local_processes(tmp_path) as processes:
+        yield processes
+
+
+def last_words(processes: LocalProcesses, netns: Netns, text: str) -> str:
+    """What a process says that ends at once, which leaves a record and no process."""
+    with pytest.raises(HelperProcessError, match=f"{NAME} ended at once") as caught:
+        processes.start(launch(netns, text))
+    assert not processes.running()
+    assert "exited with 1" in processes.last_words(PROFILE, netns, NAME)
+    words = caught.value.hint.removeprefix("its last words: ")
+    assert words.startswith(f"helper-{NAME}.toml: ")
+    assert " / " not in words, "one line"
+    return words
+
+
+@pytest.mark.parametrize(
+    "before, after, said",
+    [
+        ('"nobody"', '"no-such-user"', "there is no user 'no-such-user'"),
+        ('"nobody"', '"root"', "user 'root' is root"),
+        ("label = 70\n", "", "label: needed with queueing rules"),
+        ('use = "tftp"', 'use = "steam"', "'steam'"),
+    ],
+    ids=["no user", "root", "document", "no helper"],
+)
+def test_what_it_was_told_is_wrong(processes: LocalProcesses, netns: Netns, before: str, after: str, said: str) -> None:
+    assert said in last_words(processes, netns, DOCUMENT.replace(before, after, 1))
+
+
+def test_a_file_that_has_changed_is_not_run(processes: LocalProcesses, netns: Netns, tmp_path: Path) -> None:
+    file, text = own_file(tmp_path)
+    file.write_text(OWN_HELPER + "\n")
+    assert "is not what it was when the profile was applied" in last_words(processes, netns, text)
+
+
+@pytest.mark.parametrize("is_own", [True, False], ids=["writable", "another's"])
+def test_a_file_that_others_can_write_is_not_run(
+    processes: LocalProcesses, netns: Netns, tmp_path: Path, *, is_own: bool
+) -> None:
+    file, text = own_file(tmp_path)
+    file.chmod(0o664) if is_own else os.chown(file, 65534, -1)
+    assert "must be a file of root that nobody else can write" in last_words(processes, netns, text)
+
+
+@pytest.mark.parametrize(
+    "source, said",
+    [
+        ("raise ValueError('no\\nsuch thing')\n", "ValueError: no such thing"),
+        (OWN_HELPER + "    def __init__(self):\n        raise KeyError('it')\n", "KeyError: 'it'"),
+        ("import os, sys\nsys.exit(f'as user {os.geteuid()}')\n", "SystemExit: as user 65534"),
+    ],
+    ids=["module", "class", "without privileges"],
+)
+def test_code_that_raises_is_told(
+    processes: LocalProcesses, netns: Netns, tmp_path: Path, source: str, said: str
+) -> None:
+    _, text = own_file(tmp_path, source)
+    assert said in last_words(processes, netns, text)
+
+
+def test_what_it_wrote_is_fit_for_a_terminal(processes: LocalProcesses, netns: Netns, tmp_path: Path) -> None:
+    _, text = own_file(tmp_path, "raise ValueError('\\x1b[2J')\n")
+    assert "?[2J" in last_words(processes, netns, text)
+
+
+def test_the_log_of_the_start_before_is_kept(processes: LocalProcesses, netns: Netns) -> None:
+    last_words(processes, netns, DOCUMENT.replace('"nobody"', '"root"'))
+    last_words(processes, netns, DOCUMENT.replace('"nobody"', '"no-such-user"'))
+    directory = processes.runtime_dir(PROFILE, netns)
+    assert "no-such-user" in (directory / f"{NAME}.log").read_text()
+    assert "is root" in (directory / f"{NAME}.log.old").read_text()
+
+
+def test_one_that_never_was_counts_nothing(processes: LocalProcesses, netns: Netns) -> None:
+    assert processes.counters(PROFILE, netns, NAME) is None
