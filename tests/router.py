@@ -95,6 +95,7 @@ class Router:
     l4proto: L4 = L4.TCP
     status: int = CONFIRMED | SEEN_REPLY
     taken_ports: set[int] = field(default_factory=set)
+    refuses_updates: bool = False
     info: bytes = b""
     expectations: list[Expectation] = field(default_factory=list)
     requests: list[bytes] = field(default_factory=list)
@@ -200,7 +201,7 @@ class Router:
         subsystem = struct.unpack_from("=H", message, 4)[0] >> 8
         body = message[20:]
         if subsystem == 1:
-            return self._update(body)
+            return errno.ENOENT if self.refuses_updates else self._update(body)
         port = struct.unpack("!H", tree(body, 2, 2, 3))[0]
         if port in self.taken_ports:
             return errno.EEXIST

@@ -147,7 +147,8 @@ class Helper:
         outgoing_only  attached by default only to connections that this host opens (multicast queries)
         private_len  bytes of private data, zeroes at first: at most 32 on UDP, 12 on TCP, where the engine has the rest
         delimiter    TCP: what ends a message, such as a newline. `inspect` then gets whole messages only, one or more,
-                     however they were cut into segments. Empty: it gets each segment as it is
+                     however they were cut into segments; one above 512 bytes that is cut is skipped. Empty: it gets
+                     each segment as it is
         bounds       what its expectations may open
         triggers     TCP: what the payloads begin with that can matter, for `inspect: triggers`; empty if everything can
     """

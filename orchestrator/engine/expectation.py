@@ -1,7 +1,7 @@
 """An expectation as the kernel is given it: complete by construction.
 
-The kernel before 6.13 dereferences NULL where TUPLE or MASK is missing from an expectation in a verdict, so there is no
-way to leave one out. Sources: ctnetlink_glue_attach_expect and ctnetlink_alloc_expect in nf_conntrack_netlink.c.
+Linux 6.1 and 6.12 dereference NULL where TUPLE or MASK is missing from an expectation in a verdict, so there is no way
+to leave one out. Sources: ctnetlink_glue_attach_expect and ctnetlink_alloc_expect in nf_conntrack_netlink.c.
 """
 
 from __future__ import annotations

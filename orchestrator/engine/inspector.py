@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 from zlib import crc32
 
 from orchestrator.engine.api import L4, NOTHING, Answer, Bounds, Direction, Expect, Flow, Helper, Source, Tuple
@@ -17,7 +17,7 @@ from orchestrator.engine.expectation import PERMANENT, Expectation, Nat
 from orchestrator.engine.guard import announced, ends_of, refusal
 from orchestrator.engine.nfqueue import ACCEPT, STOP, Change, Packet
 from orchestrator.engine.packet import Segment, locate, replace
-from orchestrator.engine.stream import STREAM_STATE_LEN, Partials, Stream, distance
+from orchestrator.engine.stream import STREAM_STATE_LEN, TOO_LONG, Partials, Stream, distance
 
 # Conntrack status bits. Source: include/uapi/linux/netfilter/nf_conntrack_common.h.
 _CONFIRMED = 1 << 3
@@ -25,6 +25,12 @@ _CONFIRMED = 1 << 3
 _WRITTEN_MAX = 4096
 _PORT_ATTEMPTS = 16
 _TEXT_MAX = 255  # its length is remembered in one byte
+_LONGEST_PORT = 0xFFFF  # has the most digits in every notation
+_PAYLOAD_MAX = 0xFFFF - 4  # what an attribute holds besides its header
+_SAME_CONNECTION = 1 << 20  # bytes; further from what came last is another connection that got the same id
+
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
 
 Edit = tuple[int, int, bytes]
 """Bytes first..end of a payload, and what takes their place."""
@@ -66,7 +72,7 @@ class Outcome:
     made: tuple[Expectation, ...] = ()
     rewritten: tuple[tuple[bytes, bytes], ...] = ()
     refused: tuple[str, ...] = ()
-    error: Exception | None = None
+    error: BaseException | None = None
 
 
 _ACCEPTED = Outcome(ACCEPT)
@@ -83,7 +89,7 @@ class _Findings:
     made: list[Expectation] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     is_finished: bool = False
-    error: Exception | None = None
+    error: BaseException | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +151,7 @@ class Inspector:
     # -- transports --------------------------------------------------------------------------------------------------
 
     def _inspect_tcp(self, packet: Packet, segment: Segment, plain: Outcome) -> Outcome:
-        private = self._private(packet)
+        private = self._private(packet, segment.seq)
         if len(private) < STREAM_STATE_LEN + self._helper.private_len:
             return plain  # somebody else's registration: without room for its state a connection is not followed
         stream = Stream(private)
@@ -165,10 +171,13 @@ class Inspector:
         findings, own = self._ask(packet, segment, stream, messages, start, bytes(len(own)) if is_lost else own)
         if findings.is_finished:
             stream.finish()
+        if findings.edits and not self._adjusts(packet, segment, findings, again):
+            findings.edits.clear()
+            stream.forget()
         return self._outcome(packet, segment, plain.verdict, findings, private, stream.pack() + own, again)
 
     def _inspect_udp(self, packet: Packet, segment: Segment, plain: Outcome) -> Outcome:
-        private = self._private(packet)
+        private = packet.info if not packet.status & _CONFIRMED else self._private(packet, None)
         if len(private) < self._helper.private_len:
             return plain
         payload = bytes(packet.payload[segment.payload : segment.end])
@@ -187,36 +196,50 @@ class Inspector:
         data = payload[start:]
         end_seq = seq + len(payload)
         is_lost = gap > 0 and not self._duty.by_triggers
+        is_skipped = is_lost
         if not delimiter:
             stream.advance(direction, end_seq, is_partial=False)
             return data, start, is_lost
         if stream.is_partial(direction) and gap <= 0:
             kept = self._partials.take(ct_id, direction, seq=stream.next_seq[direction])
             is_lost = kept is None
-            if kept is not None:
+            is_skipped = not kept
+            if kept:
                 data, start = kept + data, start - len(kept)
-        is_partial = False
-        if is_lost:
+        if is_skipped:
             found = data.find(delimiter)
-            is_partial = found < 0
-            skipped = len(data) if found < 0 else found + len(delimiter)
-            data, start = data[skipped:], start + skipped
+            if found < 0:
+                self._partials.keep(ct_id, direction, seq=end_seq, data=TOO_LONG)
+                stream.advance(direction, end_seq, is_partial=True)
+                return b"", start, is_lost
+            data, start = data[found + len(delimiter) :], start + found + len(delimiter)
         found = data.rfind(delimiter)
         end = 0 if found < 0 else found + len(delimiter)
         if end < len(data):
-            is_partial = True
             self._partials.keep(ct_id, direction, seq=end_seq, data=data[end:])
-        stream.advance(direction, end_seq, is_partial=is_partial)
+        stream.advance(direction, end_seq, is_partial=end < len(data))
         return data[:end], start, is_lost
 
-    def _private(self, packet: Packet) -> bytes:
-        """The private data as it is now, which a packet that waited need not show."""
+    def _private(self, packet: Packet, seq: int | None) -> bytes:
+        """The private data as it is now, which a packet that waited need not show. `seq` is TCP's sequence number.
+
+        The id of a connection is the same again when its ports are, soon after it ended; but its numbers begin anew.
+        """
         written = self._written.get(packet.ct_id)
         if written is None:
             return packet.info
-        if written == packet.info:
+        is_over = (
+            seq is not None
+            and not any(packet.info)
+            and abs(Stream(written).offset(packet.direction, seq)) > _SAME_CONNECTION
+        )
+        if is_over or written == packet.info:
             del self._written[packet.ct_id]
-        return written
+        if not is_over:
+            return written
+        for direction in Direction:
+            self._adjusted.pop((packet.ct_id, direction), None)
+        return packet.info
 
     # -- the helper --------------------------------------------------------------------------------------------------
 
@@ -246,7 +269,7 @@ class Inspector:
             findings.refused += [answer.refused] if answer.refused else []
             for expect in answer.expects:
                 self._expect(context, expect, findings)
-        except Exception as error:  # noqa: BLE001 (a helper is anybody's code, and traffic must not depend on it)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 (anybody's code, and traffic must not depend on it)
             findings.error = error
         return findings, own
 
@@ -269,29 +292,34 @@ class Inspector:
             policies=self._helper.policies,
             payload_len=len(context.messages),
         )
+        end = announced(expect, context.flow, context.packet.direction)
         if reason:
             findings.refused.append(reason)
-        elif context.flow.is_nated and expect.text is not None:
+        elif (
+            expect.text is not None
+            and context.flow.is_nated
+            and end.address in ends_of(context.flow, context.packet.direction)  # another host is not translated
+        ):
             self._expect_and_rewrite(context, expect, expect.text, findings)
         else:
-            end = announced(expect, context.flow, context.packet.direction)
             self._give(context, _expectation(context, expect, end.port), findings)
 
     def _give(self, context: _Context, expectation: Expectation, findings: _Findings) -> None:
-        """Hand an expectation to the kernel: one goes with the verdict, further ones through ctnetlink.
+        """Hand an expectation to the kernel: one goes with the verdict, others through ctnetlink, all in their order.
 
         ctnetlink finds a connection only once it is confirmed, which a first packet is by its verdict.
         """
+        findings.made.append(expectation)
         if findings.expectation is None:
             findings.expectation = expectation
-        elif context.is_confirmed:
-            number = self._conntrack.request(self._request(context, expectation))
-            if number:
-                findings.refused.append(_by_kernel(number))
-                return
-        else:
+        elif not context.is_confirmed:
             findings.after.append(self._request(context, expectation))
-        findings.made.append(expectation)
+        else:
+            earlier, findings.expectation = findings.expectation, expectation
+            number = self._conntrack.request(self._request(context, earlier))
+            if number:
+                findings.made.remove(earlier)
+                findings.refused.append(_by_kernel(number))
 
     def _expect_and_rewrite(
         self, context: _Context, expect: Expect, text: tuple[int, int], findings: _Findings
@@ -301,16 +329,9 @@ class Inspector:
         old = context.messages[text[0] : text[1]]
         address = ends_of(context.flow, context.packet.direction)[1]
         port = announced(expect, context.flow, context.packet.direction).port
-        if first < 0:
-            findings.refused.append("it is cut in two segments, the first of which has gone and cannot be rewritten")
-            return
-        if len(old) > _TEXT_MAX:
-            findings.refused.append(f"its text of {len(old)} bytes is too long to be rewritten")
-            return
-        try:
-            self._helper.announce(old, address, port)
-        except ValueError as error:
-            findings.refused.append(f"it cannot be rewritten: {error}")
+        reason = self._unwritable(context, first, old, address, findings)
+        if reason:
+            findings.refused.append(f"it cannot be rewritten: {reason}")
             return
         chosen = self._reserve(context, expect, port, findings)
         if chosen is None:
@@ -327,6 +348,20 @@ class Inspector:
                 old_len=len(old),
                 new_len=len(new),
             )
+
+    def _unwritable(self, context: _Context, first: int, old: bytes, address: bytes, findings: _Findings) -> str:
+        """Why an announcement cannot be rewritten; empty if it can."""
+        if first < 0:
+            return "it began in an earlier segment, which has gone"
+        if context.stream is not None and not context.is_confirmed:
+            return "the connection is not confirmed yet, so its sequence numbers cannot be adjusted"
+        if context.stream is not None and findings.edits:
+            return "it is the second one of its segment, and the kernel adjusts for one"
+        try:
+            length = len(self._helper.announce(old, address, _LONGEST_PORT))
+        except ValueError as error:
+            return str(error)
+        return f"a text of {max(length, len(old))} bytes is too long" if max(length, len(old)) > _TEXT_MAX else ""
 
     def _reserve(self, context: _Context, expect: Expect, port: int, findings: _Findings) -> int | None:
         """Make the expectation at the announced port, or at another one where that is taken; None if it is refused.
@@ -406,7 +441,7 @@ class Inspector:
         if edits:
             change = change._replace(payload=replace(packet.payload, segment, edits))
         if _growth(edits) and segment.l4proto is L4.TCP:
-            change = self._resized(packet, segment, change, findings.edits)
+            change = self._bared(packet, change)
         return Outcome(
             verdict,
             None if change == _NO_CHANGE else change,
@@ -418,50 +453,80 @@ class Inspector:
         )
 
     def _remember(self, ct_id: int, info: bytes) -> None:
-        if len(self._written) >= _WRITTEN_MAX:
-            del self._written[next(iter(self._written))]
-        self._written[ct_id] = info
+        _put(self._written, ct_id, info)
 
-    def _resized(self, packet: Packet, segment: Segment, change: Change, edits: Sequence[Edit]) -> Change:
-        """The verdict for a TCP payload of another length: everything but the bytes goes through ctnetlink before.
+    def _adjusts(self, packet: Packet, segment: Segment, findings: _Findings, again: list[Edit]) -> bool:
+        """Make the kernel adjust the sequence numbers behind new edits of a TCP payload; False if it does not.
 
-        With NFQA_CT in the verdict the kernel would adjust the sequence numbers by itself, and it finds the position by
-        reading every packet as IPv4 (nf_conntrack_seqadj.c, nf_ct_tcp_seqadj_set; Linux 6.1 to 7.3): on IPv6 the
-        connection is reset. So the adjustment is made here. `edits` are those that no earlier packet got.
+        It would do so by itself for a payload in a verdict with NFQA_CT, and finds the position by reading every packet
+        as IPv4 (nf_conntrack_seqadj.c, nf_ct_tcp_seqadj_set; Linux 6.1 to 7.3): on IPv6 the connection is reset.
         """
-        flow, zone = packet.flow(), packet.zone()
-        adjustments = self._adjustment(packet, segment.seq, edits) if _growth(edits) else {}
-        if adjustments or change.info is not None or change.clear_label is not None:
-            self._conntrack.request(
-                encode_conntrack_update(
-                    flow.tuples[0],
-                    flow.l4proto,
-                    zone,
-                    helper=packet.helper,
-                    info=change.info,
-                    sequence_adjustments=adjustments,
-                    clear_label=change.clear_label,
-                )
-            )
-        if change.expectation is not None:
-            self._conntrack.request(encode_expect_new(flow.tuples[0], flow.l4proto, zone, change.expectation))
-        return Change(payload=change.payload, is_bare=True)
-
-    def _adjustment(self, packet: Packet, seq: int, edits: Sequence[Edit]) -> dict[Direction, SequenceAdjustment]:
-        """What the kernel must add to the sequence numbers that follow a payload at `seq` that grew.
-
-        It keeps one position, ours is that of the text: a packet that begins there or before goes on with what was
-        added before. That holds too for a retransmission of an earlier text that has this one behind it.
-        """
+        growth = _growth(findings.edits)
+        if len(packet.payload) + growth + _growth(again) > _PAYLOAD_MAX:
+            findings.refused.append("it cannot be rewritten: the packet would be too long")
+            return False
+        if not growth:
+            return True
         key = packet.ct_id, packet.direction
         now = self._adjusted.get(key) or packet.sequence_adjustment(packet.direction)
-        after = now.after + _growth(edits)
-        if now.before == now.after or distance(seq, now.pos) > 0:
-            then = SequenceAdjustment((seq + edits[0][0]) % 2**32, now.after, after)
-        else:
-            then = SequenceAdjustment(now.pos, now.before, after)
-        self._adjusted[key] = then
-        return {packet.direction: then}
+        then = _adjustment(now, segment.seq, segment.seq + findings.edits[0][0], growth)
+        number = self._update(packet, sequence_adjustments={packet.direction: then})
+        if number:
+            findings.refused.append(_by_kernel(number))
+            return False
+        _put(self._adjusted, key, then)
+        return True
+
+    def _bared(self, packet: Packet, change: Change) -> Change:
+        """The verdict for a TCP payload of another length: without NFQA_CT, so that nothing is adjusted twice."""
+        if change.info is not None or change.clear_label is not None:
+            self._update(packet, info=change.info, clear_label=change.clear_label)
+        if change.expectation is not None:
+            flow = packet.flow()
+            message = encode_expect_new(flow.tuples[0], flow.l4proto, packet.zone(), change.expectation)
+            self._conntrack.request(message)
+        return Change(payload=change.payload, is_bare=True)
+
+    def _update(
+        self,
+        packet: Packet,
+        *,
+        info: bytes | None = None,
+        sequence_adjustments: dict[Direction, SequenceAdjustment] | None = None,
+        clear_label: int | None = None,
+    ) -> int:
+        """Change the connection of a packet through ctnetlink; the errno of the kernel."""
+        flow = packet.flow()
+        return self._conntrack.request(
+            encode_conntrack_update(
+                flow.tuples[0],
+                flow.l4proto,
+                packet.zone(),
+                helper=packet.helper,
+                info=info,
+                sequence_adjustments=sequence_adjustments or {},
+                clear_label=clear_label,
+            )
+        )
+
+
+def _adjustment(now: SequenceAdjustment, seq: int, text_seq: int, growth: int) -> SequenceAdjustment:
+    """What the kernel must add to sequence numbers after a text at `text_seq` in a payload at `seq` grew.
+
+    It keeps one position, ours is that of the text: a packet that begins there or before goes on with what was added
+    before. That holds too for a retransmission of an earlier text that has this one behind it.
+    """
+    if now.before == now.after or distance(seq, now.pos) > 0:
+        return SequenceAdjustment(text_seq % 2**32, now.after, now.after + growth)
+    return SequenceAdjustment(now.pos, now.before, now.after + growth)
+
+
+def _put(table: dict[_Key, _Value], key: _Key, value: _Value) -> None:
+    """Enter a value as the newest; the oldest makes room."""
+    table.pop(key, None)
+    if len(table) >= _WRITTEN_MAX:
+        del table[next(iter(table))]
+    table[key] = value
 
 
 _NO_CHANGE = Change()

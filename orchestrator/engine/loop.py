@@ -54,7 +54,7 @@ class Outcome(Protocol):
     @property
     def refused(self) -> tuple[str, ...]: ...
     @property
-    def error(self) -> Exception | None: ...
+    def error(self) -> BaseException | None: ...
 
 
 class Inspector(Protocol):
@@ -239,7 +239,7 @@ class Loop:
         self._counters.overruns = netlink.lost_messages(self._socket)
         self._counters.truncated = self._slots.truncated
 
-    def _note(self, error: Exception) -> None:
+    def _note(self, error: BaseException) -> None:
         self._counters.exceptions += 1
         self._page.note(f"{type(error).__name__}: {error}")
         self._tracebacks.print(error)
@@ -252,7 +252,7 @@ class _Tracebacks:
         self._seen: set[tuple[str, int]] = set()
         self._next_ns = 0
 
-    def print(self, error: Exception) -> None:
+    def print(self, error: BaseException) -> None:
         now = monotonic_ns()
         place = _place(error.__traceback__)
         if place in self._seen or len(self._seen) >= _TRACEBACK_PLACES or now < self._next_ns:
@@ -280,8 +280,9 @@ def stop_on(loop: Loop, signals: Iterable[signal.Signals]) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
 
     def wait() -> None:
-        signal.sigwait(awaited)
-        loop.stop()
+        while True:  # the answer that stops the loop is lost if its buffer is full: then the next signal does it
+            signal.sigwait(awaited)
+            loop.stop()
 
     threading.Thread(target=wait, name="stop", daemon=True).start()
 

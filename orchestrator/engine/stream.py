@@ -73,6 +73,10 @@ class Stream:
         """True if the remembered text was sent in this direction."""
         return bool(self.flags & _REWRITTEN[direction])
 
+    def forget(self) -> None:
+        """No text was rewritten after all."""
+        self.flags &= ~(_REWRITTEN[0] | _REWRITTEN[1])
+
     def offset_of_text(self, seq: int) -> int:
         """Where the remembered text begins in a payload that begins at `seq`, in bytes; negative if before it."""
         return distance(self.text_seq, seq)
@@ -83,10 +87,14 @@ class Stream:
         self.flags = self.flags & ~(_REWRITTEN[0] | _REWRITTEN[1]) | _REWRITTEN[direction]
 
 
+TOO_LONG = b""
+"""Instead of the beginning of a message: nobody reads it, and it ends at the next delimiter."""
+
+
 class Partials:
     """The beginnings of messages that were cut by the end of a segment: only a process has room for them.
 
-    They are lost with it, which costs that one message: its rest is then skipped up to the next delimiter.
+    They are lost with it: what follows is then unknown up to the next delimiter.
     """
 
     def __init__(self, *, connections: int = 1024, bytes_each: int = 512) -> None:
@@ -95,15 +103,13 @@ class Partials:
         self._kept: dict[tuple[int, Direction], tuple[int, bytes]] = {}
 
     def keep(self, ct_id: int, direction: Direction, *, seq: int, data: bytes) -> None:
-        """`data` ends at sequence number `seq`; one that is too long to be a message is not kept."""
+        """`data` ends at sequence number `seq`. Of a message that is too long only the fact is kept."""
         self._kept.pop((ct_id, direction), None)
-        if len(data) > self._bytes_each:
-            return
         if len(self._kept) >= self._connections:
             del self._kept[next(iter(self._kept))]
-        self._kept[ct_id, direction] = (seq % _MODULUS, data)
+        self._kept[ct_id, direction] = (seq % _MODULUS, data if len(data) <= self._bytes_each else TOO_LONG)
 
     def take(self, ct_id: int, direction: Direction, *, seq: int) -> bytes | None:
-        """The bytes that end at `seq`, None if they were not kept."""
+        """The bytes that end at `seq`; TOO_LONG if they are to be skipped, None if nothing is known of them."""
         found = self._kept.pop((ct_id, direction), None)
         return found[1] if found is not None and found[0] == seq else None

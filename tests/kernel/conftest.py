@@ -134,8 +134,8 @@ def snapshot() -> str:
     """
     looks = [str(registration) for registration in KernelRegistry().dump()]
     for name in NAMESPACES:
-        looks.append(topology.ruleset(name))
         with entered(find(name)):
+            looks += [topology.ruleset(name)] if nft_tables() else []
             saved = [run(f"{program}-save", "-t", table).stdout for program, table in _legacy_tables()]
             looks += [line for text in saved for line in text.splitlines() if "orch" in line]
             looks.append(_read("/proc/thread-self/net/netfilter/nfnetlink_queue"))

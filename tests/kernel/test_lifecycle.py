@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from orchestrator.kernel.netns import entered, find
 from orchestrator.model import HelperKey, L3Proto, L4Proto, Status
 from orchestrator.reports import PlanRefusedError
 from tests.hosts import FTP, Harness
-from tests.kernel.conftest import cli, snapshot
+from tests.kernel.conftest import clean_orch, cli, snapshot
 
 OWN = HelperKey("ftp-us", L3Proto.IP, L4Proto.TCP)
 PROFILES = sorted(Path("profiles").glob("*.yaml"))
@@ -55,6 +56,151 @@ def wait_for_status(orch: Harness, wanted: Status) -> None:
             return
         orch.system.clock.sleep(0.01)
     pytest.fail(f"{OWN} did not become {wanted}")
+
+
+# -- one profile at work: deaths, drift, neighbours --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def router(routed: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
+    with clean_orch(tmp_path_factory.mktemp("state")) as orch:
+        topology.load_filter(ROUTER, ROUTER_FILTER)
+        yield orch
+
+
+@pytest.fixture
+def served(router: Harness) -> Harness:
+    """FTP works through the router, whatever the test before has left."""
+    router.apply(FTP, ROUTER)
+    router.steps.clear()
+    return router
+
+
+def test_death_of_the_listener_does_not_block_new_connections(served: Harness) -> None:
+    kill_and_wait(conntrackd(served))
+    wait_for_status(served, Status.DISABLED)
+    assert "Content-Length" in topology.ftp("--head").stdout  # curl logs in, and needs no data connection
+    status = served.status().profiles[0]
+    assert status.drift == ("ftp-us/ip/tcp: status disabled -> enabled", "conntrackd: missing: queue 36160")
+    assert "was killed by SIGKILL" in status.helpers[0].last_words
+    served.apply(FTP, ROUTER)
+    assert topology.ftp(*PASSIVE).stdout == CONTENT
+
+
+def test_without_a_watcher_the_same_death_blocks(served: Harness) -> None:
+    """What the watcher is for: an enabled helper without a listener lets nobody log in any more."""
+    kill_watcher()
+    assert served.status().profiles[0].drift == ("conntrackd: its watcher is gone",)
+    kill_and_wait(conntrackd(served))
+    assert "Connected" not in topology.ftp("--verbose", "--head", within_s=3).stderr
+    served.apply(FTP, ROUTER)
+    assert topology.ftp(*PASSIVE).stdout == CONTENT
+
+
+def test_a_new_watcher_adopts_the_process(served: Harness) -> None:
+    pid = conntrackd(served)
+    kill_watcher()
+    served.apply(FTP, ROUTER)
+    assert conntrackd(served) == pid
+    kill_and_wait(pid)
+    wait_for_status(served, Status.DISABLED)
+
+
+def test_status_counts_what_there_is(served: Harness) -> None:
+    inside(ROUTER, "conntrack", "-F")
+    with entered(find(CLIENT)):
+        control = socket.create_connection((SERVER_IP, 21), timeout=30)
+    with control:
+        assert control.recv(100).startswith(b"220 ")
+        assert served.system.host.connections(find(ROUTER)) == {"ftp-us": 1}
+    helper = served.status().profiles[0].helpers[0]
+    assert (helper.engine, helper.queueing, helper.pid) == ("conntrackd", "registration", conntrackd(served))
+    (row,) = served.system.host.queues(find(ROUTER))
+    assert (row.queue_num, row.is_ready) == (36160, True)
+    assert row.seen > 0
+
+
+def test_a_disabled_registration_is_drift(served: Harness) -> None:
+    live = next(r for r in served.system.registry.dump() if r.key == OWN)
+    served.system.registry.update(replace(live, status=Status.DISABLED))
+    assert served.status().profiles[0].drift == ("ftp-us/ip/tcp: status disabled -> enabled",)
+    served.apply(FTP, ROUTER)
+    assert served.status().profiles[0].drift == ()
+
+
+def test_rules_that_are_gone_are_seen_and_mended(served: Harness) -> None:
+    inside(ROUTER, "nft", "delete", "table", "inet", "orch-ftp")
+    assert served.status().profiles[0].drift == ("inet orch-ftp: missing: 2 rules",)
+    served.apply(FTP, ROUTER)
+    assert served.steps == ["load rules inet orch-ftp"]
+
+
+def test_an_edited_rule_is_seen_shown_and_mended(served: Harness) -> None:
+    inside(ROUTER, "nft", "insert rule inet orch-ftp prerouting-mangle150 tcp dport 21 accept")
+    assert served.status().profiles[0].drift == ("inet orch-ftp: somebody changed them",)
+    difference = served.diff(FTP, ROUTER)
+    assert "tcp dport 21 accept" in difference.live_listing
+    assert "tcp dport 21 accept" not in difference.baseline_listing
+    served.apply(FTP, ROUTER)
+    assert served.diff(FTP, ROUTER).plan.is_empty
+
+
+def test_a_changed_profile_is_updated_in_place(served: Harness) -> None:
+    """The process stays when a policy changes; the table stays when the rules do."""
+    pid = conntrackd(served)
+    text = (
+        "profile: ftp\nhelpers: {ftp: {engine: conntrackd, policies: {ftp: {expect_max: 4, expect_timeout: 1m}}, "
+        "attach: [{ports: [21, 2121]}]}}\n"
+    )
+    served.apply(text, ROUTER)
+    assert served.steps == ["update helper ftp-us/ip/tcp", "load rules inet orch-ftp"]
+    assert conntrackd(served) == pid
+    assert served.diff(text, ROUTER).plan.is_empty
+
+
+def test_the_kernel_engine_is_refused_while_a_user_space_helper_has_the_name(served: Harness) -> None:
+    with pytest.raises(PlanRefusedError, match="cannot use the in-kernel helper ftp/ip/tcp"):
+        served.apply("profile: k\nhelpers: {ftp: {engine: kernel}}\n", CLIENT)
+
+
+def test_a_second_namespace_cannot_take_the_queue_away(served: Harness) -> None:
+    with pytest.raises(PlanRefusedError, match=r"shared with profile ftp in netns orch-router.*queue 36160 -> 9"):
+        served.apply("profile: other\nhelpers: {ftp: {engine: conntrackd, queue: 9}}\n", CLIENT)
+    assert topology.ftp(*PASSIVE).stdout == CONTENT
+
+
+def test_two_namespaces_share_and_part(served: Harness) -> None:
+    served.apply(FTP, CLIENT)
+    assert topology.ftp(*PASSIVE).stdout == CONTENT
+    report = served.teardown(netns=CLIENT)
+    assert [str(o) for o in report.others] == [f"profile ftp in netns {ROUTER}"]
+    assert served.system.host.queues(find(CLIENT)) == ()
+    assert [p.netns for p in served.system.processes.running()] == [find(ROUTER).identity]
+    assert topology.ftp(*PASSIVE).stdout == CONTENT
+    assert served.status().profiles[0].drift == ()
+
+
+def test_a_registration_deleted_under_live_rules_is_healed(served: Harness) -> None:
+    """On 7.3 the kernel lets that happen, and the rules go on attaching the dead helper, even to a new one's name."""
+    if HAS_OLD_DELETE:
+        inside(ROUTER, "nft", "delete", "table", "inet", "orch-ftp")
+    served.system.registry.delete(OWN)
+    served.apply(FTP, ROUTER)
+    assert topology.ftp(*PASSIVE).stdout == CONTENT
+
+
+def test_a_replaced_registration_serves_again(served: Harness) -> None:
+    live = next(r for r in served.system.registry.dump() if r.key == OWN)
+    served.teardown(netns=ROUTER)
+    served.system.registry.create(replace(live, priv_data_len=32))
+    with pytest.raises(PlanRefusedError, match="priv_data_len 32 -> 24"):
+        served.apply(FTP, ROUTER)
+    served.system.registry.delete(OWN)
+    served.apply(FTP, ROUTER)
+    assert topology.ftp(*PASSIVE).stdout == CONTENT
+
+
+# -- from nothing to nothing -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["nftables", "iptables"])
@@ -117,43 +263,6 @@ def test_looking_loads_no_module(orch: Harness, tmp_path: Path) -> None:
     assert {line.split(" ")[0] for line in Path("/proc/modules").read_text().split("\n")} == names
 
 
-def test_death_of_the_listener_does_not_block_new_connections(orch: Harness) -> None:
-    topology.load_filter(ROUTER, ROUTER_FILTER)
-    orch.apply(FTP, ROUTER)
-    kill_and_wait(conntrackd(orch))
-    wait_for_status(orch, Status.DISABLED)
-    # The control connection works (curl logs in, and waits for data that nobody expects).
-    done = topology.ftp("--verbose", *PASSIVE, within_s=4)
-    assert "227 Entering Passive Mode" in done.stderr
-    status = orch.status().profiles[0]
-    assert status.drift == ("ftp-us/ip/tcp: status disabled -> enabled", "conntrackd: missing: queue 36160")
-    assert "was killed by SIGKILL" in status.helpers[0].last_words
-    orch.apply(FTP, ROUTER)
-    assert topology.ftp(*PASSIVE).stdout == CONTENT
-
-
-def test_without_a_watcher_the_same_death_blocks(orch: Harness) -> None:
-    """What the watcher is for: an enabled helper without a listener lets nobody log in any more."""
-    topology.load_filter(ROUTER, ROUTER_FILTER)
-    orch.apply(FTP, ROUTER)
-    kill_watcher()
-    assert orch.status().profiles[0].drift == ("conntrackd: its watcher is gone",)
-    kill_and_wait(conntrackd(orch))
-    assert "Connected" not in topology.ftp("--verbose", *PASSIVE, within_s=4).stderr
-    orch.apply(FTP, ROUTER)
-    assert topology.ftp(*PASSIVE).stdout == CONTENT
-
-
-def test_a_new_watcher_adopts_the_process(orch: Harness) -> None:
-    orch.apply(FTP, ROUTER)
-    pid = conntrackd(orch)
-    kill_watcher()
-    orch.apply(FTP, ROUTER)
-    assert conntrackd(orch) == pid
-    kill_and_wait(pid)
-    wait_for_status(orch, Status.DISABLED)
-
-
 def test_a_listener_that_never_binds_is_undone(orch: Harness, tmp_path: Path) -> None:
     templates = tmp_path / "templates"
     templates.mkdir()
@@ -182,7 +291,42 @@ def test_a_program_that_ends_at_once_says_why(orch: Harness, tmp_path: Path) -> 
     assert snapshot() == before
 
 
-# -- failures that are silent elsewhere ------------------------------------------------------------------------------
+@pytest.mark.parametrize("backend", ["nftables", "iptables-nft", "iptables-legacy"])
+def test_a_lost_ledger_is_made_again(orch: Harness, backend: str) -> None:
+    text = f"{FTP}backend: {backend}\n"
+    before = snapshot()
+    orch.apply(text, ROUTER)
+    shutil.rmtree(orch.state_dir)
+    pid = conntrackd(orch)
+    report = orch.apply(text, ROUTER)
+    assert report.plan.is_empty
+    assert conntrackd(orch) == pid
+    shutil.rmtree(orch.state_dir)
+    orch.teardown_file(text, ROUTER)
+    assert snapshot() == before
+
+
+def test_a_profile_file_that_is_gone_can_be_torn_down_by_name(orch: Harness) -> None:
+    before = snapshot()
+    orch.apply(FTP, ROUTER)
+    orch.teardown("ftp", ROUTER)
+    assert snapshot() == before
+
+
+def test_a_namespace_deleted_under_us_is_taken_away(orch: Harness) -> None:
+    """Its name is gone, and it lives on in our process: rules, registrations and process must go all the same."""
+    before = snapshot()
+    run("ip", "netns", "add", "orch-doomed")
+    orch.apply(FTP, "orch-doomed")
+    run("ip", "netns", "del", "orch-doomed")
+    assert "it is gone" in orch.status().profiles[0].drift[0]
+    (report,) = orch.teardown(every_netns=True).reports
+    assert report.leftovers == ()
+    assert snapshot() == before
+    assert not orch.status().profiles
+
+
+# -- failures that are silent elsewhere --------------------------------------------------------------------------------
 
 
 def test_a_helper_taken_by_a_kernel_module_is_refused(orch: Harness) -> None:
@@ -192,33 +336,6 @@ def test_a_helper_taken_by_a_kernel_module_is_refused(orch: Harness) -> None:
         orch.apply(FTP, ROUTER)
     assert "engine: kernel" in caught.value.hint
     assert snapshot() == before
-
-
-def test_the_kernel_engine_is_refused_while_a_user_space_helper_has_the_name(orch: Harness) -> None:
-    orch.apply(FTP, ROUTER)
-    with pytest.raises(PlanRefusedError, match="cannot use the in-kernel helper ftp/ip/tcp"):
-        orch.apply("profile: k\nhelpers: {ftp: {engine: kernel}}\n", CLIENT)
-
-
-def test_a_second_namespace_cannot_take_the_queue_away(orch: Harness) -> None:
-    topology.load_filter(ROUTER, ROUTER_FILTER)
-    orch.apply(FTP, ROUTER)
-    with pytest.raises(PlanRefusedError, match=r"shared with profile ftp in netns orch-router.*queue 36160 -> 9"):
-        orch.apply("profile: other\nhelpers: {ftp: {engine: conntrackd, queue: 9}}\n", CLIENT)
-    assert topology.ftp(*PASSIVE).stdout == CONTENT
-
-
-def test_two_namespaces_share_and_part(orch: Harness) -> None:
-    topology.load_filter(ROUTER, ROUTER_FILTER)
-    orch.apply(FTP, ROUTER)
-    orch.apply(FTP, CLIENT)
-    assert topology.ftp(*PASSIVE).stdout == CONTENT
-    report = orch.teardown(netns=CLIENT)
-    assert [str(o) for o in report.others] == [f"profile ftp in netns {ROUTER}"]
-    assert orch.system.host.queues(find(CLIENT)) == ()
-    assert [p.netns for p in orch.system.processes.running()] == [find(ROUTER).identity]
-    assert topology.ftp(*PASSIVE).stdout == CONTENT
-    assert orch.status().profiles[0].drift == ()
 
 
 def test_no_family_is_silently_uncovered(orch: Harness) -> None:
@@ -234,39 +351,6 @@ def test_no_family_is_silently_uncovered(orch: Harness) -> None:
     orch.system.registry.delete(ip6)
     assert any("tftp-us/ip6/udp" in line for line in orch.status().profiles[0].drift)
     orch.apply(text, ROUTER)
-    assert orch.status().profiles[0].drift == ()
-
-
-def test_a_registration_deleted_under_live_rules_is_healed(orch: Harness) -> None:
-    """On 7.3 the kernel lets that happen, and the rules go on attaching the dead helper, even to a new one's name."""
-    topology.load_filter(ROUTER, ROUTER_FILTER)
-    orch.apply(FTP, ROUTER)
-    if HAS_OLD_DELETE:
-        inside(ROUTER, "nft", "delete", "table", "inet", "orch-ftp")
-    orch.system.registry.delete(OWN)
-    orch.apply(FTP, ROUTER)
-    assert topology.ftp(*PASSIVE).stdout == CONTENT
-
-
-def test_a_replaced_registration_serves_again(orch: Harness) -> None:
-    topology.load_filter(ROUTER, ROUTER_FILTER)
-    orch.apply(FTP, ROUTER)
-    live = next(r for r in orch.system.registry.dump() if r.key == OWN)
-    orch.teardown(netns=ROUTER)
-    orch.system.registry.create(replace(live, priv_data_len=32))
-    with pytest.raises(PlanRefusedError, match="priv_data_len 32 -> 24"):
-        orch.apply(FTP, ROUTER)
-    orch.system.registry.delete(OWN)
-    orch.apply(FTP, ROUTER)
-    assert topology.ftp(*PASSIVE).stdout == CONTENT
-
-
-def test_a_disabled_registration_is_drift(orch: Harness) -> None:
-    orch.apply(FTP, ROUTER)
-    live = next(r for r in orch.system.registry.dump() if r.key == OWN)
-    orch.system.registry.update(replace(live, status=Status.DISABLED))
-    assert orch.status().profiles[0].drift == ("ftp-us/ip/tcp: status disabled -> enabled",)
-    orch.apply(FTP, ROUTER)
     assert orch.status().profiles[0].drift == ()
 
 
@@ -297,91 +381,3 @@ error = struct.unpack_from("=i", s.recv(4096), 16)[0]
 print("held" if error == 0 else f"errno {-error}", flush=True)
 sys.stdin.read() if error else s.recv(4096)
 """
-
-
-# -- drift and a lost ledger -------------------------------------------------------------------------------------------
-
-
-def test_flushed_rules_are_seen_and_mended(orch: Harness) -> None:
-    orch.apply(FTP, ROUTER)
-    inside(ROUTER, "nft", "flush", "ruleset")
-    assert orch.status().profiles[0].drift == ("inet orch-ftp: missing: 2 rules",)
-    orch.steps.clear()
-    orch.apply(FTP, ROUTER)
-    assert orch.steps == ["load rules inet orch-ftp"]
-
-
-def test_an_edited_rule_is_seen_shown_and_mended(orch: Harness) -> None:
-    orch.apply(FTP, ROUTER)
-    inside(ROUTER, "nft", "insert rule inet orch-ftp prerouting-mangle150 tcp dport 21 accept")
-    assert orch.status().profiles[0].drift == ("inet orch-ftp: somebody changed them",)
-    difference = orch.diff(FTP, ROUTER)
-    assert "tcp dport 21 accept" in difference.live_listing
-    assert "tcp dport 21 accept" not in difference.baseline_listing
-    orch.apply(FTP, ROUTER)
-    assert orch.diff(FTP, ROUTER).plan.is_empty
-
-
-@pytest.mark.parametrize("backend", ["nftables", "iptables-nft", "iptables-legacy"])
-def test_a_lost_ledger_is_made_again(orch: Harness, backend: str) -> None:
-    text = f"{FTP}backend: {backend}\n"
-    before = snapshot()
-    orch.apply(text, ROUTER)
-    shutil.rmtree(orch.state_dir)
-    pid = conntrackd(orch)
-    report = orch.apply(text, ROUTER)
-    assert report.plan.is_empty
-    assert conntrackd(orch) == pid
-    shutil.rmtree(orch.state_dir)
-    orch.teardown_file(text, ROUTER)
-    assert snapshot() == before
-
-
-def test_a_profile_file_that_is_gone_can_be_torn_down_by_name(orch: Harness) -> None:
-    before = snapshot()
-    orch.apply(FTP, ROUTER)
-    orch.teardown("ftp", ROUTER)
-    assert snapshot() == before
-
-
-def test_a_changed_profile_is_updated_in_place(orch: Harness) -> None:
-    """The process stays when a policy changes; the table stays when the rules do."""
-    orch.apply(FTP, ROUTER)
-    pid = conntrackd(orch)
-    text = (
-        "profile: ftp\nhelpers: {ftp: {engine: conntrackd, policies: {ftp: {expect_max: 4, expect_timeout: 1m}}, "
-        "attach: [{ports: [21, 2121]}]}}\n"
-    )
-    orch.steps.clear()
-    orch.apply(text, ROUTER)
-    assert orch.steps == ["update helper ftp-us/ip/tcp", "load rules inet orch-ftp"]
-    assert conntrackd(orch) == pid
-    assert orch.diff(text, ROUTER).plan.is_empty
-
-
-def test_status_counts_what_there_is(orch: Harness) -> None:
-    topology.load_filter(ROUTER, ROUTER_FILTER)
-    orch.apply(FTP, ROUTER)
-    with entered(find(CLIENT)):
-        control = socket.create_connection((SERVER_IP, 21), timeout=30)
-    with control:
-        assert control.recv(100).startswith(b"220 ")
-        assert orch.system.host.connections(find(ROUTER)) == {"ftp-us": 1}
-    helper = orch.status().profiles[0].helpers[0]
-    assert (helper.engine, helper.queueing, helper.pid) == ("conntrackd", "registration", conntrackd(orch))
-    (row,) = orch.system.host.queues(find(ROUTER))
-    assert (row.queue_num, row.is_ready) == (36160, True)
-    assert row.seen > 0
-
-
-def test_a_namespace_deleted_under_us_is_taken_away(orch: Harness) -> None:
-    """Its name is gone, and it lives on in our process: rules, registrations and process must go all the same."""
-    before = snapshot()
-    run("ip", "netns", "add", "orch-doomed")
-    orch.apply(FTP, "orch-doomed")
-    run("ip", "netns", "del", "orch-doomed")
-    assert "it is gone" in orch.status().profiles[0].drift[0]
-    (report,) = orch.teardown(every_netns=True).reports
-    assert report.leftovers == ()
-    assert snapshot() == before
-    assert not orch.status().profiles

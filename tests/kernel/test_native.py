@@ -1,4 +1,4 @@
-"""The native engine through orch: a profile's life, what survives the death of a process, helpers of one's own."""
+"""The native engine through orch: a profile's life, and helpers of one's own."""
 
 from __future__ import annotations
 
@@ -14,22 +14,16 @@ from pathlib import Path
 import pytest
 
 from lab.control import MODES, control, listening, opened
-from lab.nat import Nat, load_nat
 from lab.topology import CLIENT, CLIENT_IP, ROUTER, ROUTER_FILTER, SERVER, SERVER_IP, SERVER_IP6, load_filter
 from tests.hosts import Harness
 from tests.kernel.conftest import snapshot
 from tests.kernel.native import (
-    ACTIVE,
     FIGURES,
-    PASSIVE,
     QUEUEINGS,
     TFTP_PORT,
     Router,
-    families,
     ftp_and_tftp,
-    losing,
     router,
-    starts_with,
 )
 
 THREE_PORT, RAISING_PORT, STEAM_PORT = 7070, 7071, 27036
@@ -124,44 +118,6 @@ def privileges(pid: int) -> dict[str, object]:
         "capabilities": {int(fields[kind], 16) for kind in ("CapEff", "CapPrm")},
         "new": int(fields["NoNewPrivs"]),
     }
-
-
-# -- what survives a process -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module", params=QUEUEINGS)
-def native(routed: None, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Router]:
-    text = ftp_and_tftp(request.param)
-    with router(text, request.param, tmp_path_factory.mktemp("state")) as made:
-        load_nat(Nat.BOTH)
-        yield made
-
-
-@families
-def test_a_session_survives_the_death_of_its_helper(native: Router, *, ip6: bool) -> None:
-    """Behind NAT, in the middle of PASV or EPSV, and with a rewritten payload lost that must be rewritten again."""
-    active, passive = ACTIVE[ip6], PASSIVE[ip6]
-    with control(ip6=ip6, nat=Nat.BOTH) as talk:
-        talk.transfer(active, 40011)
-        talk.say(passive)
-        with losing(SERVER, starts_with(active)) as lost:
-            talk.send(talk.announcement(active, 40012))
-            lost.wait()
-            native.kill()
-            if native.queueing == "registration":
-                native.wait_disabled("ftp-us")
-            with control(ip6=ip6, nat=Nat.BOTH) as other:
-                other.chat()  # without a process nobody is blocked
-            native.apply()
-            lost.wait()
-        with listening(CLIENT, 40012, ip6=ip6) as listener:
-            talk.connect(active, talk.hear(talk.server), listener)
-        with listening(SERVER, 40013, ip6=ip6) as listener:
-            talk.connect(passive, talk.reply(talk.announcement(passive, 40013)), listener)
-        talk.chat(5)
-        for mode in (active, passive):
-            talk.transfer(mode, 40014)
-        talk.chat(5)
 
 
 # -- helpers of one's own ----------------------------------------------------------------------------------------------

@@ -210,7 +210,34 @@ def test_a_chain_added_while_packets_wait(native: Router, *, ip6: bool) -> None:
             inside(ROUTER, "nft", "delete", "table", "inet", "other")
 
 
-# -- stalls and overload -----------------------------------------------------------------------------------------------
+# -- death, stalls and overload -----------------------------------------------------------------------------------------
+
+
+@families
+def test_a_session_survives_the_death_of_its_helper(native: Router, *, ip6: bool) -> None:
+    """Behind NAT, in the middle of PASV or EPSV, and with a rewritten payload lost that must be rewritten again."""
+    active, passive = ACTIVE[ip6], PASSIVE[ip6]
+    with control(ip6=ip6, nat=Nat.BOTH) as talk:
+        talk.transfer(active, 40011)
+        talk.say(passive)
+        with losing(SERVER, starts_with(active)) as lost:
+            talk.send(talk.announcement(active, 40012))
+            lost.wait()
+            native.kill()
+            if native.queueing == "registration":
+                native.wait_disabled("ftp-us")
+            with control(ip6=ip6, nat=Nat.BOTH) as other:
+                other.chat()  # without a process nobody is blocked
+            native.apply()
+            lost.wait()
+        with listening(CLIENT, 40012, ip6=ip6) as listener:
+            talk.connect(active, talk.hear(talk.server), listener)
+        with listening(SERVER, 40013, ip6=ip6) as listener:
+            talk.connect(passive, talk.reply(talk.announcement(passive, 40013)), listener)
+        talk.chat(5)
+        for mode in (active, passive):
+            talk.transfer(mode, 40014)
+        talk.chat(5)
 
 
 @pytest.mark.parametrize("is_new", [False, True], ids=["known", "new"])

@@ -15,7 +15,7 @@ from orchestrator.engine.nfqueue import ACCEPT, STOP
 from orchestrator.engine.stream import distance
 from orchestrator.helpers.ftp import Ftp
 from orchestrator.helpers.tftp import Tftp
-from tests.router import CLIENT, CLIENT6, NAME, OUTSIDE, OUTSIDE6, SERVER, SERVER6, Router
+from tests.router import CLIENT, CLIENT6, CONFIRMED, NAME, OUTSIDE, OUTSIDE6, SERVER, SERVER6, Router
 
 C, S = Direction.ORIGINAL, Direction.REPLY
 Turn = tuple[Direction, bytes]
@@ -312,7 +312,7 @@ def test_an_announcement_whose_beginning_has_gone_is_not_rewritten() -> None:
     one.send(C, 1, b"PORT 10,0,0,")
     assert one.send(C, 13, b"1,156,64\r\n") == b"1,156,64\r\n"
     assert ports_of(one) == []
-    assert any("cut in two segments" in reason for outcome in one.outcomes for reason in outcome.refused)
+    assert any("began in an earlier segment" in reason for outcome in one.outcomes for reason in outcome.refused)
 
 
 def test_a_host_behind_nat_may_announce_its_outer_address() -> None:
@@ -341,6 +341,91 @@ def test_nothing_is_read_after_tls_began(by_rules: bool) -> None:  # noqa: FBT00
     assert ports_of(one) == []
 
 
+# -- what somebody might try ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("first", "command", "reply"),
+    [
+        ((S, b"211-what you uploaded:\r\n"), b"PASV\r\n", b"227 (10,0,0,2,12,234)\r\n211 End\r\n"),
+        ((C, b"EPSV ALL\r\n"), b"PORT 10,0,0,1,156,64\r\n", b"200 ok\r\n"),
+    ],
+    ids=["open-reply", "epsv-all"],
+)
+def test_a_line_that_is_too_long_makes_nothing_forgotten(first: Turn, command: bytes, reply: bytes) -> None:
+    one = router()
+    for segment in segments((first, (C, b"X" * 600), (C, b"\r\n" + command), (S, reply))):
+        one.send(*segment)
+    assert ports_of(one) == []
+
+
+def test_of_two_announcements_in_a_segment_only_one_is_rewritten() -> None:
+    """The kernel adjusts for one, and one can be remembered for a retransmission."""
+    one = router(SNAT)
+    lines = b"PORT 10,0,0,1,156,64\r\nPORT 10,0,0,1,156,65\r\n"
+    arrived = one.send(C, 1, lines)
+    assert ports_of(one) == [40000]
+    assert any("second one of its segment" in reason for reason in one.outcomes[-1].refused)
+    assert one.send(C, 1, lines) == arrived
+
+
+def test_a_payload_keeps_its_length_where_the_kernel_does_not_adjust() -> None:
+    one = router(SNAT, refuses_updates=True)
+    line = b"PORT 10,0,0,1,156,64\r\n"
+    assert one.send(C, 1, line) == line
+    assert any("ENOENT" in reason for reason in one.outcomes[-1].refused)
+    assert one.send(C, 1, line) == line, "and nothing of it is remembered"
+
+
+def test_an_unconfirmed_connection_is_not_rewritten() -> None:
+    """Conntrack was flushed, and a PORT is the first packet that it sees: ctnetlink does not find it yet."""
+    one = router(SNAT)
+    one.status &= ~CONFIRMED
+    line = b"PORT 10,0,0,1,156,64\r\n"
+    assert one.send(C, 1, line) == line
+    assert ports_of(one) == []
+
+
+def test_another_host_that_a_profile_allows_is_announced_as_it_is() -> None:
+    duty = Duty(names=frozenset({NAME}), bounds=Bounds(is_any_destination=True), by_rules=True, label=70)
+    one = Router(Ftp(), duty, SNAT)
+    line = b"PORT 10,0,0,9,156,64\r\n"
+    assert one.send(C, 1, line) == line
+    (expectation,) = one.expectations
+    assert (expectation.tuple.dst, expectation.tuple.dport) == (b"\x0a\0\0\x09", 40000)
+    assert expectation.nat is None
+
+
+def test_a_connection_does_not_inherit_from_one_that_had_its_id() -> None:
+    """The id is a hash of the ports and of where the kernel keeps it: the same port soon again has the same id."""
+    one = router()
+    one.send(C, 5000, b"AUTH TLS\r\n")
+    one.send(S, 1, b"234 go on\r\n")
+    one.info = bytes(len(one.info))
+    one.send(C, 2**31, b"PORT 10,0,0,1,156,64\r\n")
+    assert ports_of(one) == [40000]
+
+
+def test_what_is_remembered_of_connections_is_bounded() -> None:
+    one = router(SNAT)
+    for ct_id in range(5000):
+        one.ct_id, one.info, one.adjustments = ct_id, bytes(len(one.info)), {}
+        one.taken_ports.clear()
+        one.send(C, 1, b"PORT 10,0,0,1,156,64\r\n")
+    held = [len(table) for table in vars(one.inspector).values() if isinstance(table, dict)]
+    assert max(held) <= 4096
+    assert len(held) == 2
+
+
+def test_the_last_of_several_announcements_is_the_last_for_the_kernel_too() -> None:
+    """With `expect_max: 1` the kernel keeps the newest: the one in the verdict must be the last one announced."""
+    one = router()
+    one.send(C, 1, b"PORT 10,0,0,1,156,64\r\nPORT 10,0,0,1,156,65\r\n")
+    assert ports_of(one) == [40000, 40001]
+    assert [e.tuple.dport for e in one.expectations] == [40001]
+    assert len([r for r in one.requests if r[5] == 2]) == 1
+
+
 # -- any bytes -------------------------------------------------------------------------------------------------------
 
 
@@ -364,7 +449,7 @@ def test_a_helper_that_raises_costs_its_own_message_only() -> None:
     class Moody(Ftp):
         def inspect(self, payload: bytes, direction: Direction, flow: object, private: bytes) -> object:  # type: ignore[override]
             if b"NOOP" in payload:
-                raise RuntimeError("bad day")
+                raise SystemExit("bad day")
             return super().inspect(payload, direction, flow, private)  # type: ignore[arg-type]
 
         def is_interesting(self, payload: bytes, direction: Direction) -> bool:
@@ -373,7 +458,7 @@ def test_a_helper_that_raises_costs_its_own_message_only() -> None:
     duty = Duty(names=frozenset({NAME}), bounds=Bounds(), by_rules=True, label=70)
     one = Router(Moody(), duty, PLAIN)
     one.send(C, 1, b"NOOP\r\n")
-    assert isinstance(one.outcomes[-1].error, RuntimeError)
+    assert isinstance(one.outcomes[-1].error, SystemExit)
     one.send(C, 7, b"PORT 10,0,0,1,156,64\r\n")
     assert ports_of(one) == [40000]
 

@@ -1,11 +1,15 @@
-"""What the lab reads out of packets and lines, without a network."""
+"""What the lab reads out of packets and lines, without a network; and that its suite runs every kernel test."""
 
 from __future__ import annotations
+
+import re
+from pathlib import Path
 
 import pytest
 
 from lab.dialogue import announced
 from lab.software import verb
+from lab.suite import FIRST_PART, KERNEL_TESTS, Result, together
 
 IP = bytes([0x45]) + bytes(19)
 IP6 = bytes([0x60]) + bytes(39)
@@ -51,3 +55,28 @@ def test_where_the_data_connection_goes(line: str, target: tuple[str, int]) -> N
 def test_a_line_without_an_announcement_is_an_error() -> None:
     with pytest.raises(OSError, match="announces nothing"):
         announced("200 fine", default="server")
+
+
+def test_the_suite_runs_every_kernel_test() -> None:
+    """All of two directories in two parts, so nobody elsewhere may need a kernel."""
+    assert all(Path(file).exists() for file in FIRST_PART)
+    needing = [path for path in Path("tests").rglob("*.py") if re.search(r"mark\.kernel", path.read_text())]
+    assert {str(path.parent) for path in needing} == set(KERNEL_TESTS)
+
+
+@pytest.mark.parametrize(
+    ("part", "is_good"),
+    [
+        (Result("6.1-second", 0, 2.0, 10, 0, 1), True),
+        (Result("6.1-second", 1, 2.0, 10, 1, 0), False),
+        (Result("6.1-second", 124, 2.0), False),
+        (Result("6.1-second", 0, 2.0), False),
+        (Result("6.1-second", 0, 2.0, 3, 0, 3), False),
+    ],
+)
+def test_a_kernel_is_good_if_every_part_is(part: Result, *, is_good: bool) -> None:
+    first = Result("6.1-first", 0, 3.0, 100, 0, 0)
+    for parts in ((first, part), (part, first)):
+        result = together("6.1", parts)
+        assert (result.name, result.seconds, result.tests) == ("6.1", 5.0, 100 + part.tests)
+        assert (result.failed, result.skipped, result.is_good) == (part.failed, part.skipped, is_good)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.engine.api import Direction
-from orchestrator.engine.stream import STREAM_STATE_LEN, Partials, Stream, distance
+from orchestrator.engine.stream import STREAM_STATE_LEN, TOO_LONG, Partials, Stream, distance
 
 SEQS = st.integers(0, 2**32 - 1)
 STEPS = st.integers(-(2**31) + 1, 2**31 - 1)
@@ -79,7 +79,12 @@ def test_leftovers_are_bounded() -> None:
     partials = Partials(connections=2, bytes_each=4)
     for connection in (1, 2, 3):
         partials.keep(connection, Direction.ORIGINAL, seq=9, data=b"abcd")
-    partials.keep(3, Direction.REPLY, seq=9, data=b"abcde")
     kept = [partials.take(connection, Direction.ORIGINAL, seq=9) for connection in (1, 2, 3)]
     assert kept == [None, b"abcd", b"abcd"]
+
+
+def test_of_a_message_that_is_too_long_only_the_fact_is_kept() -> None:
+    partials = Partials(connections=2, bytes_each=4)
+    partials.keep(3, Direction.REPLY, seq=9, data=b"abcde")
+    assert partials.take(3, Direction.REPLY, seq=9) == TOO_LONG
     assert partials.take(3, Direction.REPLY, seq=9) is None
