@@ -144,6 +144,7 @@ def _apply_steps(
     held, finals = _value_updates(registrations.update, disabled)
     kept = _keep(target, observed, fresh, quiet, held, started | stopped)
     unload, load = _rules_steps(target, observed, {r.key for r in fresh}, rules_reason)
+    others = [RemoveRules(loaded_rules(x, observed, target.profile)) for x in other_listings(target.rules, observed)]
     is_replacing = bool(registrations.replace)
     surplus = [StopProcess(p, None) for p in processes.stop_last]
     unqueued = _drain(_rule_queues(observed) - {n for queue in target.rule_queues for n in queue.queues})
@@ -163,7 +164,7 @@ def _apply_steps(
         *_enable(target, {r.key for r in fresh} | disabled | set(finals)),
         *([] if is_replacing else unload),
         *load,
-        *(RemoveRules(loaded_rules(x, observed, target.profile)) for x in other_listings(target.rules, observed)),
+        *(step for step in others if step not in unload),
         *(unqueued if surplus else []),
         *surplus,
         *(_delete(r) for r in leaving.retire),
@@ -187,14 +188,17 @@ def _rules_steps(
     """How to unload the rules, where they hold on to a helper that was or will be unregistered, and how to load them.
 
     Replaced in place, a table keeps its helper objects, and on 7.3 those would go on attaching the helper that is gone.
-    Where rules queue, they are flushed first: a table that is removed takes the packets that wait with it.
+    Rules that another backend wrote hold on as well. Where rules queue, they are flushed first: a table that is removed
+    takes the packets that wait with it.
     """
     before = live_listing(target.rules, observed)
     loaded = None if before is None else loaded_rules(before, observed, target.profile)
-    if before is not None and loaded is not None and fresh & before.helpers:
-        drain = _drain(_rule_queues(observed))
-        return [*([FlushRules(loaded), *drain] if drain else []), RemoveRules(loaded)], [LoadRules(None, target.rules)]
-    return [], [LoadRules(loaded, target.rules)] if reason else []
+    holding = [loaded_rules(x, observed, target.profile) for x in observed.listings if fresh & x.helpers]
+    drain = _drain(_rule_queues(observed)) if holding else []
+    unload = [*([*map(FlushRules, holding), *drain] if drain else []), *map(RemoveRules, holding)]
+    if loaded in holding:
+        return unload, [LoadRules(None, target.rules)]
+    return unload, [LoadRules(loaded, target.rules)] if reason else []
 
 
 def _keep(
@@ -212,7 +216,7 @@ def _keep(
     targets = [target, *([observed.applied.target] if observed.applied else [])]
     keys = {key for t in targets for spec in t.processes if spec.name in names for key in spec.keys}
     now = {r.key: r for r in observed.registrations}
-    now |= {r.key: replace(r, status=Status.DISABLED) for r in (*fresh, *quiet)}
+    now |= {r.key: replace(r, status=Status.DISABLED) for r in (*quiet, *fresh)}
     now |= {step.after.key: step.after for step in held if isinstance(step, UpdateRegistration)}
     kept = tuple(now[key] for key in sorted(keys) if key in now)
     return [KeepRegistrations(kept)] if kept else []

@@ -16,7 +16,7 @@ from orchestrator.engine.api import L4, Direction, Helper, Tuple
 from orchestrator.engine.expectation import Expectation
 from orchestrator.engine.inspector import Duty, Inspector, Outcome
 from orchestrator.engine.nfqueue import Decoder, Packet
-from orchestrator.engine.stream import distance
+from orchestrator.engine.stream import STREAM_STATE_LEN, distance
 
 CLIENT, SERVER, OUTSIDE = (socket.inet_aton(a) for a in ("10.0.0.1", "10.0.0.2", "192.0.2.1"))
 CLIENT6, SERVER6, OUTSIDE6 = (socket.inet_pton(socket.AF_INET6, a) for a in ("fd00:1::1", "fd00:2::2", "2001:db8::1"))
@@ -111,7 +111,7 @@ class Router:
             self.status |= SNAT
         if (reply.src, reply.sport) != (original.dst, original.dport):
             self.status |= DNAT
-        self.info = self.info or bytes(self.helper.private_len + (20 if self.l4proto is L4.TCP else 0))
+        self.info = self.info or bytes(self.helper.private_len + (STREAM_STATE_LEN if self.l4proto is L4.TCP else 0))
         self.restart()
 
     def restart(self) -> None:

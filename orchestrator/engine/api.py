@@ -145,7 +145,7 @@ class Helper:
         policies     expectation classes, 1 to 4
         families     `ip`, `ip6`, or both
         outgoing_only  attached by default only to connections that this host opens (multicast queries)
-        private_len  bytes of private data, zeroes at first: at most 32 on UDP, 12 on TCP, where the engine has the rest
+        private_len  bytes of private data, zeroes at first: at most 32 on UDP, 15 on TCP, where the engine has the rest
         delimiter    TCP: what ends a message, such as a newline. `inspect` then gets whole messages only, one or more,
                      however they were cut into segments; one above 512 bytes that is cut is skipped. Empty: it gets
                      each segment as it is

@@ -27,7 +27,7 @@ def builtin(name: str) -> type[Helper]:
     try:
         return _helper_in(import_module(module))
     except ModuleNotFoundError as error:
-        if error.name != module:  # it is there, and something that it needs is not
+        if not f"{module}.".startswith(f"{error.name}."):  # it is there, and something that it needs is not
             raise
         raise LoadError(f"there is no helper {name!r}") from error
 

@@ -1,4 +1,4 @@
-"""Where in its two byte streams a TCP connection is: 20 bytes of the helper's private data, kept in the kernel.
+"""Where in its two byte streams a TCP connection is: 17 bytes of the helper's private data, kept in the kernel.
 
 A helper may believe only bytes that it sees once, in order, and from the start of a message on: a retransmission would
 open a port twice, and a command in the middle of somebody's line is not a command.
@@ -10,7 +10,7 @@ from struct import Struct
 
 from orchestrator.engine.api import Direction
 
-_LAYOUT = Struct("!IIIHBBB3x")
+_LAYOUT = Struct("!IIIHBBB")
 
 STREAM_STATE_LEN = _LAYOUT.size
 """Bytes that the engine takes of the private data of a TCP connection; the helper has the rest."""

@@ -210,7 +210,7 @@ def test_a_chain_added_while_packets_wait(native: Router, *, ip6: bool) -> None:
             inside(ROUTER, "nft", "delete", "table", "inet", "other")
 
 
-# -- death, stalls and overload -----------------------------------------------------------------------------------------
+# -- death, stalls and overload ----------------------------------------------------------------------------------------
 
 
 @families

@@ -53,16 +53,18 @@ class Place:
 
 @pytest.fixture(scope="module", params=PLACES)
 def filtered(routed: None, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """A filter, through which nothing passes before and after."""
     netns, ruleset = PLACES[request.param]
     with clean_orch(tmp_path_factory.mktemp("state")) as orch:
         topology.load_filter(netns, ruleset)
         assert_nothing_passes()
         yield Place(orch, request.param, netns)
+        assert_nothing_passes()
 
 
 @pytest.fixture
 def place(filtered: Place) -> Iterator[Place]:
-    """Every test of a place begins without a profile."""
+    """Every test of a place begins and ends without a profile."""
     yield filtered
     filtered.orch.teardown(every_netns=True)
 
@@ -72,14 +74,14 @@ def ftp(mode: str, address: str = SERVER_IP, *, within_s: int = 8) -> CompletedP
 
 
 def assert_nothing_passes() -> None:
-    """Transfers hang; at once, for each takes all the time that it may."""
+    """Transfers hang; all of them at once, for each takes all the time that it may."""
     fetches: list[Fetch] = [
         lambda **how: ftp("PASV", **how),
         lambda **how: ftp("EPSV", SERVER_IP6, **how),
         topology.tftp,
     ]
     with ThreadPoolExecutor() as pool:
-        done = list(pool.map(lambda fetch: fetch(within_s=4), fetches))
+        done = list(pool.map(lambda fetch: fetch(within_s=3), fetches))
     assert {one.returncode for one in done} == {TIMED_OUT}, done
 
 
@@ -98,8 +100,6 @@ def test_conntrackd(place: Place, backend: str) -> None:
             assert_passes(topology.tftp(address))
     made = [line for line in events if "[NEW]" in line]
     assert [sum(f"helper={name}" in line for line in made) for name in ("ftp-us", "tftp-us")] == [2, 2]
-    place.orch.teardown(netns=place.netns)
-    assert_nothing_passes()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -124,7 +124,7 @@ def test_attachment_is_as_narrow_as_the_profile(place: Place, backend: str) -> N
     }
     differs = {"iif": "wan0", "saddr": ["10.66.7.0/24"], "daddr": ["10.66.7.0/24"], "ports": [20, 22]}
     others = [fits | {key: value} for key, value in differs.items()]
-    for attach, within_s, exit_code in ((others, 4, TIMED_OUT), ([*others, fits], 8, 0)):
+    for attach, within_s, exit_code in ((others, 3, TIMED_OUT), ([*others, fits], 8, 0)):
         helpers = {"ftp": {"engine": "kernel", "attach": attach}}
         profile = {"profile": "t", "backend": backend, "families": ["ip"], "helpers": helpers}
         place.orch.apply(json.dumps(profile), ROUTER)

@@ -111,3 +111,11 @@ def test_automatic_queue_numbers_of_all_services_differ_without_probing() -> Non
     for service in services:
         alone, _ = assign((Block("alone", (service,), None),))
         assert alone[service] == together[service]
+
+
+def test_no_engine_ever_reads_what_another_one_wrote() -> None:
+    """Private data of one length is kept when a registration is updated: another length makes it a replace."""
+    for entry in catalogue.helpers().values():
+        for l4proto in {p.l4proto for p in entry.protocols}:
+            lengths = [e.priv_data_len(l4proto) for e in entry.engines if e.priv_data_len(l4proto)]
+            assert len(lengths) == len(set(lengths)), f"{entry.name} on {l4proto}"

@@ -275,9 +275,9 @@ def test_what_a_class_declares_is_checked(changes: dict[str, object], message: s
 
 def test_private_data_leaves_room_for_the_engine_on_tcp() -> None:
     tcp = [{"l4proto": "tcp", "ports": [5]}]
-    assert parse({**GOOD, "private_len": 12, "serves": tcp}).private_len == 12
-    with pytest.raises(ValueError, match="private_len: 0 to 12 bytes, not 13"):
-        parse({**GOOD, "private_len": 13, "serves": tcp})
+    assert parse({**GOOD, "private_len": 15, "serves": tcp}).private_len == 15
+    with pytest.raises(ValueError, match="private_len: 0 to 15 bytes, not 16"):
+        parse({**GOOD, "private_len": 16, "serves": tcp})
 
 
 ANSWERS = st.recursive(

@@ -1,4 +1,4 @@
-"""Where a connection is in its two streams: wrapping sequence numbers, memory of 20 bytes, and bounded leftovers."""
+"""Where a connection is in its two streams: wrapping sequence numbers, memory of 17 bytes, and bounded leftovers."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def test_directions_do_not_touch_each_other(
     direction: Direction,
     seq: int,
     other_seq: int,
-    is_partial: bool,
+    is_partial: bool,  # noqa: FBT001
     text_seq: int,
-    port: int,  # noqa: FBT001
+    port: int,
 ) -> None:
     stream = Stream(bytes(STREAM_STATE_LEN))
     stream.advance(direction.opposite, other_seq, is_partial=not is_partial)
