@@ -28,6 +28,7 @@ FIRST_PART = (
     "tests/kernel/test_native_traffic.py",
     "tests/kernel/test_oracle.py",
     "tests/kernel/test_real_software.py",
+    "tests/kernel/test_rule_queueing.py",
 )
 KERNEL_TESTS = ("tests/kernel", "tests/contract")
 PARTS = {"first": FIRST_PART, "second": (*KERNEL_TESTS, *(f"--ignore={file}" for file in FIRST_PART))}
