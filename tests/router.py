@@ -23,7 +23,8 @@ CLIENT6, SERVER6, OUTSIDE6 = (socket.inet_pton(socket.AF_INET6, a) for a in ("fd
 NAME = b"ftp-us"
 CONFIRMED, SEEN_REPLY, SNAT, DNAT = 8, 2, 16, 32
 
-_CTA_TUPLE_ORIG, _CTA_TUPLE_REPLY, _CTA_STATUS, _CTA_HELP, _CTA_ID, _CTA_SEQ_ADJ_ORIG = 1, 2, 3, 5, 12, 15
+_CTA_TUPLE_ORIG, _CTA_TUPLE_REPLY, _CTA_STATUS, _CTA_PROTOINFO, _CTA_HELP, _CTA_TIMEOUT = 1, 2, 3, 4, 5, 7
+_CTA_ID, _CTA_SEQ_ADJ_ORIG = 12, 15
 _NFQA_PACKET_HDR, _NFQA_PAYLOAD, _NFQA_CT, _NFQA_CT_INFO = 1, 10, 11, 12
 _NESTED = 0x8000
 
@@ -123,6 +124,10 @@ class Router:
 
     def queue(self, direction: Direction, seq: int, payload: bytes) -> Packet:
         """The packet as it waits in the queue, after NAT, with a snapshot of the connection."""
+        return self.decoder.decode(memoryview(self.message(direction, seq, payload)))
+
+    def message(self, direction: Direction, seq: int, payload: bytes) -> bytes:
+        """The same as the kernel sends it."""
         seen = self.tuples[direction.opposite]
         ports = struct.pack("!HH", seen.dport, seen.sport)
         if self.l4proto is L4.TCP:
@@ -140,7 +145,7 @@ class Router:
             + data  # the kernel does not pad it
         )
         header = struct.pack("=IHHII", 20 + len(body), 3 << 8, 0, 0, 0) + struct.pack("!BBH", 2, 0, 5)
-        return self.decoder.decode(memoryview(header + body))
+        return header + body
 
     def _conntrack(self) -> bytes:
         helper = attribute(1, NAME + b"\0") + attribute(2 | _NESTED, self.info)
@@ -155,6 +160,8 @@ class Router:
             attribute(_CTA_TUPLE_ORIG | _NESTED, self._tuple(self.tuples[0]))
             + attribute(_CTA_TUPLE_REPLY | _NESTED, self._tuple(self.tuples[1]))
             + attribute(_CTA_STATUS, struct.pack("!I", self.status))
+            + attribute(_CTA_TIMEOUT, struct.pack("!I", 432000 - self.packets))
+            + attribute(_CTA_PROTOINFO | _NESTED, attribute(1, bytes([self.packets % 256])))
             + attribute(_CTA_HELP | _NESTED, helper)
             + adjustments
             + attribute(_CTA_ID, struct.pack("!I", self.ct_id))

@@ -8,9 +8,10 @@ order of TCP segments, verdicts and limits are the engine's business.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import Enum, IntEnum
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 
 class Direction(IntEnum):
@@ -21,7 +22,10 @@ class Direction(IntEnum):
 
     @property
     def opposite(self) -> Direction:
-        return Direction.REPLY if self is Direction.ORIGINAL else Direction.ORIGINAL
+        return _OPPOSITES[self]
+
+
+_OPPOSITES = (Direction.REPLY, Direction.ORIGINAL)
 
 
 class L4(IntEnum):
@@ -31,8 +35,7 @@ class L4(IntEnum):
     UDP = 17
 
 
-@dataclass(frozen=True, slots=True)
-class Tuple:
+class Tuple(NamedTuple):
     """One direction of a connection. Addresses are packed, 4 bytes for IPv4 and 16 for IPv6; ports are 0..65535."""
 
     src: bytes
@@ -41,8 +44,7 @@ class Tuple:
     dport: int
 
 
-@dataclass(frozen=True, slots=True)
-class Flow:
+class Flow(NamedTuple):
     """A connection as conntrack knows it. Without NAT the reply tuple is the original one turned round.
 
     `tuples` are indexed by direction: `flow.tuples[direction].src` is the sender of a packet as it was sent, and
@@ -65,8 +67,7 @@ class Source(Enum):
     ANY = "any"
 
 
-@dataclass(frozen=True, slots=True)
-class Expect:
+class Expect(NamedTuple):
     """A connection to come, from the receiver of this payload (or anybody) to its sender.
 
     `port` is where it goes, as the payload says it; None means the port that this very packet was sent from (TFTP, and
@@ -87,8 +88,7 @@ class Expect:
     helper: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """What a helper makes of one payload. `private` None leaves the private data as it is.
 
     `is_finished` says that nothing in the rest of this connection can be read (it is encrypted, say): the engine stops
@@ -163,9 +163,14 @@ class Helper:
     bounds: ClassVar[Bounds] = Bounds()
     triggers: ClassVar[tuple[bytes, ...]] = ()
 
-    def is_interesting(self, payload: bytes, direction: Direction) -> bool:  # noqa: ARG002
-        """False only if `inspect` would answer NOTHING whatever the private data: a cheap test made before it."""
-        return True
+    def dull(self, direction: Direction, private: bytes) -> re.Pattern[bytes] | None:  # noqa: ARG002
+        """Payloads that `inspect` answers with NOTHING while the private data is this, as one pattern; None if unknown.
+
+        It saves time and changes nothing: what matches as a whole is not given to `inspect`. The engine asks once for
+        each value of the private data that it meets, and adds by itself that messages must be whole. Flags of the
+        pattern are arguments of `re.compile`, not part of it.
+        """
+        return None
 
     def inspect(self, payload: bytes, direction: Direction, flow: Flow, private: bytes) -> Answer:
         """What the payload announces. `private` has `private_len` bytes. Any bytes may come; never raises for them.

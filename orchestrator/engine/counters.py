@@ -30,7 +30,7 @@ class Counters:
     guard or a helper refused, `rewritten` payloads changed for NAT. `parse_errors` are messages of the kernel that
     could not be read, `truncated` those longer than the buffer, `exceptions` what a helper raised, `stale` verdicts for
     packets that were gone, `kernel_errors` other requests that the kernel refused. `overruns` are messages that the
-    socket buffer had no room for. `busy_ns` is the time spent on packets, in nanoseconds.
+    socket buffer had no room for. `busy_ns` is the CPU time of serving, in nanoseconds.
     """
 
     packets: int = 0

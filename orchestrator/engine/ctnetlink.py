@@ -20,7 +20,9 @@ from orchestrator.engine.netlink import DecodeError, attribute, attributes, nest
 CTA_TUPLE_ORIG = 1
 CTA_TUPLE_REPLY = 2
 CTA_STATUS = 3
+CTA_PROTOINFO = 4
 CTA_HELP = 5
+CTA_TIMEOUT = 7
 CTA_ID = 12
 CTA_SEQ_ADJ_ORIG = 15
 CTA_SEQ_ADJ_REPLY = 16

@@ -20,7 +20,7 @@ from orchestrator.engine.packet import Segment, locate, replace
 from orchestrator.engine.stream import STREAM_STATE_LEN, TOO_LONG, Partials, Stream, distance
 
 # Conntrack status bits. Source: include/uapi/linux/netfilter/nf_conntrack_common.h.
-_CONFIRMED = 1 << 3
+CONFIRMED = 1 << 3
 
 _WRITTEN_MAX = 4096
 _PORT_ATTEMPTS = 16
@@ -108,30 +108,30 @@ class _Context:
 
     @property
     def is_confirmed(self) -> bool:
-        return bool(self.packet.status & _CONFIRMED)
+        return bool(self.packet.status & CONFIRMED)
 
 
 class Inspector:
     def __init__(self, helper: Helper, duty: Duty, conntrack: Conntrack) -> None:
-        self._helper = helper
-        self._duty = duty
+        self.helper = helper
+        self.duty = duty
         self._conntrack = conntrack
         self._partials = Partials()
         # The private data in a packet is a snapshot of when it was queued: two packets of a connection that wait at
         # the same time both carry what was before the first one's verdict. What we wrote counts until the kernel
         # shows it, or until nothing waits.
-        self._written: dict[int, bytes] = {}
+        self.written: dict[int, bytes] = {}
         self._adjusted: dict[tuple[int, Direction], SequenceAdjustment] = {}
 
     def drained(self) -> None:
         """No packet waits that was queued before the last verdict: what the kernel shows is true again."""
-        self._written.clear()
+        self.written.clear()
         self._adjusted.clear()
 
     def inspect(self, packet: Packet) -> Outcome:
         """What to do with a packet; raises nothing for any payload."""
         plain = _STOPPED if self.plain_verdict(packet) == STOP else _ACCEPTED
-        segment = locate(packet.payload) if packet.helper in self._duty.names else None
+        segment = locate(packet.payload) if packet.helper in self.duty.names else None
         if segment is None or segment.payload == segment.end:
             return plain
         if segment.l4proto is L4.TCP:
@@ -144,7 +144,7 @@ class Inspector:
         In a hook of ours reinjection adjusts sequence numbers and confirms, and after an ACCEPT the kernel does both
         a second time at the end of the hook. But a first packet, and one without a helper, is confirmed only there.
         """
-        if self._duty.by_rules and packet.status & _CONFIRMED and packet.helper in self._duty.names:
+        if self.duty.by_rules and packet.status & CONFIRMED and packet.helper in self.duty.names:
             return STOP
         return ACCEPT
 
@@ -152,7 +152,7 @@ class Inspector:
 
     def _inspect_tcp(self, packet: Packet, segment: Segment, plain: Outcome) -> Outcome:
         private = self._private(packet, segment.seq)
-        if len(private) < STREAM_STATE_LEN + self._helper.private_len:
+        if len(private) < STREAM_STATE_LEN + self.helper.private_len:
             return plain  # somebody else's registration: without room for its state a connection is not followed
         stream = Stream(private)
         if stream.is_finished:
@@ -177,8 +177,8 @@ class Inspector:
         return self._outcome(packet, segment, plain.verdict, findings, private, stream.pack() + own, again)
 
     def _inspect_udp(self, packet: Packet, segment: Segment, plain: Outcome) -> Outcome:
-        private = packet.info if not packet.status & _CONFIRMED else self._private(packet, None)
-        if len(private) < self._helper.private_len:
+        private = packet.info if not packet.status & CONFIRMED else self._private(packet, None)
+        if len(private) < self.helper.private_len:
             return plain
         payload = bytes(packet.payload[segment.payload : segment.end])
         findings, own = self._ask(packet, segment, None, payload, 0, private)
@@ -191,11 +191,11 @@ class Inspector:
 
         What a helper believes about a conversation must not outlive a part of it that it did not hear.
         """
-        delimiter = self._helper.delimiter
+        delimiter = self.helper.delimiter
         start = max(0, -gap)
         data = payload[start:]
         end_seq = seq + len(payload)
-        is_lost = gap > 0 and not self._duty.by_triggers
+        is_lost = gap > 0 and not self.duty.by_triggers
         is_skipped = is_lost
         if not delimiter:
             stream.advance(direction, end_seq, is_partial=False)
@@ -225,7 +225,7 @@ class Inspector:
 
         The id of a connection is the same again when its ports are, soon after it ended; but its numbers begin anew.
         """
-        written = self._written.get(packet.ct_id)
+        written = self.written.get(packet.ct_id)
         if written is None:
             return packet.info
         is_over = (
@@ -234,7 +234,7 @@ class Inspector:
             and abs(Stream(written).offset(packet.direction, seq)) > _SAME_CONNECTION
         )
         if is_over or written == packet.info:
-            del self._written[packet.ct_id]
+            del self.written[packet.ct_id]
         if not is_over:
             return written
         for direction in Direction:
@@ -254,12 +254,10 @@ class Inspector:
     ) -> tuple[_Findings, bytes]:
         """Findings and the helper's new private data; a helper that raises costs its expectations."""
         findings = _Findings()
-        helper, direction = self._helper, packet.direction
+        helper, direction = self.helper, packet.direction
         if not messages:
             return findings, own
         try:
-            if not helper.is_interesting(messages, direction):
-                return findings, own
             context = _Context(packet, segment, stream, messages, start, packet.flow())
             answer = helper.inspect(messages, direction, context.flow, own[: helper.private_len])
             if answer is NOTHING:
@@ -276,9 +274,9 @@ class Inspector:
     def _new_private(self, answer: Answer, own: bytes) -> bytes:
         if answer.private is None:
             return own
-        if len(answer.private) != self._helper.private_len:
-            raise ValueError(f"private data of {len(answer.private)} bytes, not {self._helper.private_len}")
-        return answer.private + own[self._helper.private_len :]
+        if len(answer.private) != self.helper.private_len:
+            raise ValueError(f"private data of {len(answer.private)} bytes, not {self.helper.private_len}")
+        return answer.private + own[self.helper.private_len :]
 
     # -- expectations ------------------------------------------------------------------------------------------------
 
@@ -288,8 +286,8 @@ class Inspector:
             expect,
             context.flow,
             context.packet.direction,
-            bounds=self._duty.bounds,
-            policies=self._helper.policies,
+            bounds=self.duty.bounds,
+            policies=self.helper.policies,
             payload_len=len(context.messages),
         )
         end = announced(expect, context.flow, context.packet.direction)
@@ -336,7 +334,7 @@ class Inspector:
         chosen = self._reserve(context, expect, port, findings)
         if chosen is None:
             return
-        new = self._helper.announce(old, address, chosen)
+        new = self.helper.announce(old, address, chosen)
         if new == old:
             return
         findings.edits.append((first, end, new))
@@ -358,7 +356,7 @@ class Inspector:
         if context.stream is not None and findings.edits:
             return "it is the second one of its segment, and the kernel adjusts for one"
         try:
-            length = len(self._helper.announce(old, address, _LONGEST_PORT))
+            length = len(self.helper.announce(old, address, _LONGEST_PORT))
         except ValueError as error:
             return str(error)
         return f"a text of {max(length, len(old))} bytes is too long" if max(length, len(old)) > _TEXT_MAX else ""
@@ -372,7 +370,7 @@ class Inspector:
             self._give(context, _expectation(context, expect, port), findings)
             return port
         number = 0
-        for chosen in _candidates(port, context.packet.ct_id, self._duty.bounds):
+        for chosen in _candidates(port, context.packet.ct_id, self.duty.bounds):
             expectation = _expectation(context, expect, chosen)
             number = self._conntrack.request(self._request(context, expectation))
             if not number:
@@ -405,14 +403,14 @@ class Inspector:
             return []
         old = payload[first : first + stream.old_len]
         try:
-            new = self._helper.announce(old, address, stream.port)
+            new = self.helper.announce(old, address, stream.port)
         except ValueError:
             return []
         return [(first, first + len(old), new)] if len(new) == stream.new_len else []
 
     def _announces(self, text: bytes, address: bytes, port: int, length: int) -> bool:
         try:
-            return len(text) == length and self._helper.announce(text, address, port) == text
+            return len(text) == length and self.helper.announce(text, address, port) == text
         except ValueError:
             return False
 
@@ -435,7 +433,7 @@ class Inspector:
         change = Change(
             info=info,
             expectation=findings.expectation,
-            clear_label=self._duty.label if findings.is_finished else None,
+            clear_label=self.duty.label if findings.is_finished else None,
         )
         edits = again + findings.edits
         if edits:
@@ -453,7 +451,7 @@ class Inspector:
         )
 
     def _remember(self, ct_id: int, info: bytes) -> None:
-        _put(self._written, ct_id, info)
+        _put(self.written, ct_id, info)
 
     def _adjusts(self, packet: Packet, segment: Segment, findings: _Findings, again: list[Edit]) -> bool:
         """Make the kernel adjust the sequence numbers behind new edits of a TCP payload; False if it does not.

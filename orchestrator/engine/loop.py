@@ -15,7 +15,8 @@ import sys
 import threading
 import traceback  # here, because a process that has dropped its privileges may not be able to read the module
 from collections.abc import Callable, Iterable
-from time import monotonic_ns
+from struct import Struct
+from time import monotonic_ns, thread_time_ns
 from types import TracebackType
 from typing import Protocol
 
@@ -33,6 +34,8 @@ BATCH = 32
 
 _SLOT = 65536 + 4096  # the largest packet, and the attributes before it
 _PATIENCE_MAX = 16  # packets that are read one by one before the next look whether more wait
+_TELL_AFTER_NS = 10_000_000  # what was counted is told that often, and before anything that may take longer
+_TIMEVAL = Struct("@ll")
 _TRACEBACK_PLACES = 64
 _TRACEBACK_INTERVAL_NS = 1_000_000_000
 _STOP = 0xFFFFFFFF  # sequence number; those of bindings are queue number + 1, those of verdicts 0
@@ -78,7 +81,6 @@ class Answers:
         self._waiting: list[bytes] = []
 
     def add(self, answer: bytes) -> None:
-        self._counters.packets += 1
         self._waiting.append(answer)
 
     def request(self, message: bytes) -> int:
@@ -90,6 +92,7 @@ class Answers:
         waiting, self._waiting = self._waiting, []
         if not waiting:
             return
+        self._counters.packets += len(waiting)
         try:
             self._socket.send(b"".join(waiting))
         except OSError:  # rewritten packets of a batch can exceed the send buffer together
@@ -101,6 +104,20 @@ class Answers:
             self._socket.send(answer)
         except OSError:
             self._counters.kernel_errors += 1
+
+
+class Shortcut(Protocol):
+    """A quicker way to the same answers. What it declines, the inspector decides, and it is told."""
+
+    def answer(self, message: memoryview) -> bytes | None: ...
+
+    def learn(self, message: memoryview, packet: Packet) -> None: ...
+
+
+class _NoShortcut:
+    def answer(self, message: memoryview) -> None: ...
+
+    def learn(self, message: memoryview, packet: Packet) -> None: ...
 
 
 class Loop:
@@ -119,11 +136,13 @@ class Loop:
         page: Page,
         *,
         accept_verdict: Callable[[Packet], int],
+        shortcut: Shortcut | None = None,
     ) -> None:
         self._socket = queue_socket
         self._answers = answers
         self._inspector = inspector
         self._inspect = inspector.inspect
+        self._shortcut = shortcut or _NoShortcut()
         self._decode = nfqueue.Decoder().decode
         self._accept_verdict = accept_verdict
         self._page = page
@@ -132,6 +151,7 @@ class Loop:
         self._after: list[bytes] = []
         self._bound: dict[int, int] = {}
         self._is_stopping = False
+        self._tell_next_ns = self._began_ns = 0
         self._tracebacks = _Tracebacks()
 
     def bind(self, queue_num: int, *, is_fail_open: bool, max_len: int) -> None:
@@ -149,10 +169,12 @@ class Loop:
     def run(self) -> None:
         """Serve until `stop` was called and everything was answered that waited then. Raises OSError."""
         alone, patience, deepest = 0, 1, 0
+        self._began_ns = thread_time_ns()
+        self._wait_at_most(_TELL_AFTER_NS)
         while not self._is_stopping:
             if alone < patience:
                 alone += 1
-                self._serve([self._slots.receive()])
+                self._serve([self._receive()])
             elif waiting := self._slots.receive_waiting():
                 deepest = max(deepest, len(waiting))
                 self._serve(waiting)
@@ -161,14 +183,36 @@ class Loop:
                 patience = 1 if deepest > 1 else min(2 * patience, _PATIENCE_MAX)
                 alone = deepest = 0
         self._count_losses()
+        self._tell()
 
     def stop(self) -> None:
         """End `run`, from any thread: the kernel answers this request on the queue socket, after all that waits."""
         flags = netlink.NLM_F_REQUEST | netlink.NLM_F_ACK
         self._socket.send(netlink.message(netlink.NLMSG_NOOP, b"", flags=flags, sequence=_STOP))
 
+    def _receive(self) -> memoryview:
+        """Wait for a message, but tell what was counted before a long wait."""
+        try:
+            return self._slots.receive()
+        except BlockingIOError:
+            self._inspector.drained()
+            self._tell()
+        self._wait_at_most(0)
+        message = self._slots.receive()
+        self._wait_at_most(_TELL_AFTER_NS)
+        return message
+
+    def _wait_at_most(self, duration_ns: int) -> None:
+        """Let receiving fail with EAGAIN after a while; 0 is never."""
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(0, duration_ns // 1000))
+
+    def _tell(self) -> None:
+        now_ns = monotonic_ns()
+        self._tell_next_ns = now_ns + _TELL_AFTER_NS
+        self._counters.busy_ns = thread_time_ns() - self._began_ns
+        self._page.beat(now_ns)
+
     def _serve(self, messages: list[memoryview]) -> None:
-        started = monotonic_ns()
         for message in messages:
             self._answer(message)
         self._answers.send()
@@ -176,14 +220,20 @@ class Loop:
             self._request_after()
         if len(messages) == BATCH:  # an overrun leaves a full socket behind
             self._count_losses()
-        ended = monotonic_ns()
-        counters = self._counters
-        counters.batches += 1
-        counters.busy_ns += ended - started
-        self._page.beat(ended)
+        self._counters.batches += 1
+        if monotonic_ns() >= self._tell_next_ns:
+            self._tell()
 
     def _answer(self, message: memoryview) -> None:
         """Answer a packet with a verdict, and take any other message for what it is."""
+        try:
+            quick = self._shortcut.answer(message)
+        except Exception as error:  # noqa: BLE001 (nor may it depend on what a helper calls dull)
+            self._note(error)
+            quick = None
+        if quick is not None:
+            self._answers.add(quick)
+            return
         try:
             packet = self._decode(message)
         except DecodeError:
@@ -197,6 +247,7 @@ class Loop:
             self._answers.add(nfqueue.encode_verdict(packet, self._accept_verdict(packet)))
             return
         self._answers.add(answer)
+        self._shortcut.learn(message, packet)
         if outcome.made or outcome.refused or outcome.rewritten or outcome.error or outcome.after:
             self._count(outcome)
 

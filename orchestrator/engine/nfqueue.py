@@ -27,6 +27,7 @@ _CONFIG = 3 << 8 | 2
 
 _NFQA_PACKET_HDR = 1
 _NFQA_VERDICT_HDR = 2
+_NFQA_TIMESTAMP = 8
 _NFQA_PAYLOAD = 10
 _NFQA_CT = 11
 _NFQA_CT_INFO = 12
@@ -48,6 +49,7 @@ _IPS_NAT_MASK = 0x30  # IPS_SRC_NAT | IPS_DST_NAT
 _NUMBER = struct.Struct(">I")
 _QUEUE_NUM = struct.Struct(">H")
 _PACKET_HEADER = struct.Struct(">IHB")
+_PORT_LEN = 2
 _NO_ADJUSTMENT = SequenceAdjustment(0, 0, 0)
 _LAYOUTS_MAX = 16
 _SEQUENCE_ADJUSTMENTS = {
@@ -56,13 +58,31 @@ _SEQUENCE_ADJUSTMENTS = {
 }
 
 
+class Places(NamedTuple):
+    """Where things are in a message: offsets of data, or first and end.
+
+    `headers` are those that say so; `transient` differs between packets of a connection and means nothing here.
+    """
+
+    packet_header: int
+    ct_info: int
+    ct: tuple[int, int]
+    ct_id: int
+    status: int
+    helper: tuple[int, int]
+    info: tuple[int, int]
+    payload: int
+    headers: tuple[tuple[int, int], ...]
+    transient: tuple[tuple[int, int], ...]
+
+
 class Packet(NamedTuple):
     """A packet that waits for its verdict; its views are valid as long as the buffer it was read into.
 
     `protocol` is the Ethernet type, `hook` 1 (input) or 4 (postrouting). `ct` holds the contents of NFQA_CT, empty for
     a packet without connection; `ct_id` and `status` (IPS_* bits) are 0 then. `helper` is the name of the attached
     helper, empty if there is none, and `info` its private data as it was when the packet was queued. `payload` is the
-    packet from its IP header on, without what exceeds 65531 bytes.
+    packet from its IP header on, without what exceeds 65531 bytes. `places` tell where all this was in its message.
     """
 
     packet_id: int
@@ -76,6 +96,7 @@ class Packet(NamedTuple):
     helper: bytes
     info: bytes
     payload: memoryview
+    places: Places | None = None
 
     def flow(self) -> Flow:
         """Raises DecodeError for a connection that is neither TCP nor UDP, and for a packet without one."""
@@ -147,20 +168,6 @@ def encode_config(queue_num: int, *, is_fail_open: bool, max_len: int, sequence:
 # -- packets -----------------------------------------------------------------------------------------------------------
 
 
-class _Places(NamedTuple):
-    """Where things are in a message: offsets of data, or first and end. `headers` are those that say so."""
-
-    packet_header: int
-    ct_info: int
-    ct: tuple[int, int]
-    ct_id: int
-    status: int
-    helper: tuple[int, int]
-    info: tuple[int, int]
-    payload: int
-    headers: tuple[tuple[int, int], ...]
-
-
 class _Layout(NamedTuple):
     """Messages whose headers are the same have everything in the same place, which one `unpack` each finds out.
 
@@ -173,6 +180,7 @@ class _Layout(NamedTuple):
     ct: slice
     helper: bytes
     payload: slice
+    places: Places
 
 
 class Decoder:
@@ -202,12 +210,13 @@ class Decoder:
                 layout.helper,
                 info,
                 message[layout.payload],
+                layout.places,
             )
-        places = _find_places(message)
+        places = find_places(message)
         self._remember(message, places)
         return _decode_at(message, places)
 
-    def _remember(self, message: memoryview, places: _Places) -> None:
+    def _remember(self, message: memoryview, places: Places) -> None:
         layout = _layout(message, places)
         if layout is None:
             return
@@ -224,7 +233,7 @@ _Index = dict[int, tuple[int, int]]
 """Where the data of attributes begins and ends, by type."""
 
 
-def _find_places(message: memoryview) -> _Places:
+def find_places(message: memoryview) -> Places:
     if len(message) < HEADER_LEN or message[slice(*_MESSAGE_TYPE)] != _PACKET_TYPE:
         raise DecodeError("not a packet of NFQUEUE")
     headers = [_MESSAGE_TYPE]
@@ -235,7 +244,7 @@ def _find_places(message: memoryview) -> _Places:
     name = helper.get(ctnetlink.CTA_HELP_NAME, _NOWHERE)
     if _NFQA_PACKET_HDR not in top:
         raise DecodeError("packet without its header")
-    return _Places(
+    return Places(
         packet_header=_place(top, _NFQA_PACKET_HDR, _PACKET_HEADER.size),
         ct_info=_place(top, _NFQA_CT_INFO, _NUMBER.size),
         ct=ct,
@@ -245,6 +254,15 @@ def _find_places(message: memoryview) -> _Places:
         info=helper.get(ctnetlink.CTA_HELP_INFO, (name[1], name[1])),
         payload=top[_NFQA_PAYLOAD][0] if _NFQA_PAYLOAD in top else len(message),
         headers=(*sorted(headers), name),
+        transient=tuple(
+            index[kind]
+            for index, kind in (
+                (top, _NFQA_TIMESTAMP),
+                (inner, ctnetlink.CTA_TIMEOUT),
+                (inner, ctnetlink.CTA_PROTOINFO),
+            )
+            if kind in index
+        ),
     )
 
 
@@ -269,7 +287,7 @@ def _place(index: _Index, kind: int, size: int) -> int:
     return start
 
 
-def _decode_at(message: memoryview, places: _Places) -> Packet:
+def _decode_at(message: memoryview, places: Places) -> Packet:
     packet_id, protocol, hook = _PACKET_HEADER.unpack_from(message, places.packet_header)
     return Packet(
         packet_id,
@@ -283,6 +301,7 @@ def _decode_at(message: memoryview, places: _Places) -> Packet:
         _helper_name(message, places),
         bytes(message[slice(*places.info)]),
         message[places.payload :],
+        places,
     )
 
 
@@ -290,11 +309,11 @@ def _number(message: memoryview, place: int) -> int:
     return int(_NUMBER.unpack_from(message, place)[0]) if place else 0
 
 
-def _helper_name(message: memoryview, places: _Places) -> bytes:
+def _helper_name(message: memoryview, places: Places) -> bytes:
     return bytes(message[slice(*places.helper)]).partition(b"\0")[0]
 
 
-def _layout(message: memoryview, places: _Places) -> _Layout | None:
+def _layout(message: memoryview, places: Places) -> _Layout | None:
     """None for a packet without helper or payload, and for an order of attributes that no kernel has."""
     gaps = (
         places.packet_header - HEADER_LEN,
@@ -307,7 +326,7 @@ def _layout(message: memoryview, places: _Places) -> _Layout | None:
     if min(gaps) < 0 or places.helper == _NOWHERE or places.payload == len(message):
         return None
     info_len = places.info[1] - places.info[0]
-    headers = _spans(places.headers)
+    headers = spans(places.headers)
     return _Layout(
         headers=headers,
         expected=headers.unpack_from(message),
@@ -315,13 +334,14 @@ def _layout(message: memoryview, places: _Places) -> _Layout | None:
         ct=slice(*places.ct),
         helper=_helper_name(message, places),
         payload=slice(places.payload, None),
+        places=places,
     )
 
 
-def _spans(spans: Iterable[tuple[int, int]]) -> struct.Struct:
-    """A struct of the bytes in each of the spans, those that touch in one piece."""
+def spans(areas: Iterable[tuple[int, int]]) -> struct.Struct:
+    """A struct of the bytes in each of these areas, those that touch in one piece."""
     form, at = "=", 0
-    for start, end in _joined(spans):
+    for start, end in _joined(areas):
         form += f" {start - at}x {end - start}s"
         at = end
     return struct.Struct(form)
@@ -396,6 +416,27 @@ def _info_frame(helper: bytes, info_len: int) -> tuple[bytes, bytes, bytes]:
     padding = -info_len % 4
     end = len(body) - padding
     return _message_header(_VERDICT, len(body)), body[: end - info_len], body[end:]
+
+
+def verdict_form(packet: Packet, verdict: int, change: Change) -> tuple[bytes, bytes, bytes, bytes]:
+    """What surrounds the blanks of a verdict: packet id, private data, destination port of the expectation.
+
+    `change` has no payload. A blank for something that it has not is empty.
+    """
+    whole = encode_verdict(packet, verdict, change)
+    first = _VERDICT_LAYOUT.size
+    info_at, info_len, port_at = first, 0, len(whole)
+    if change.info is not None:
+        info_len = len(change.info)
+        info_at = first + 3 * ATTRIBUTE_HEADER_LEN + len(attribute(ctnetlink.CTA_HELP_NAME, packet.helper + b"\0"))
+    if change.expectation is not None:
+        port_at = len(whole) - len(encode_expectation(change.expectation)) + tuples.dport_at(change.expectation.tuple)
+    return (
+        whole[: first - _NUMBER.size],
+        whole[first:info_at],
+        whole[info_at + info_len : port_at],
+        whole[port_at + _PORT_LEN :],
+    )
 
 
 def _encode_change(packet: Packet, change: Change) -> bytes:

@@ -21,6 +21,7 @@ from orchestrator.engine.api import Helper
 from orchestrator.engine.counters import Page, State
 from orchestrator.engine.ctnetlink import Client
 from orchestrator.engine.inspector import Duty, Inspector
+from orchestrator.engine.lane import Lanes
 from orchestrator.engine.loop import RECEIVE_BUFFER, Answers, Loop, stop_on
 from orchestrator.engine.settings import Settings, parse
 
@@ -51,7 +52,8 @@ def _serve(document: str) -> None:
     if helper is None:  # from here on code of others runs
         helper = loading.from_source(source, settings.file) if settings.file else loading.installed(settings.use)
     inspector = Inspector(_made(helper), _duty(settings), answers)
-    loop = Loop(queue_socket, answers, inspector, page, accept_verdict=inspector.plain_verdict)
+    lanes = Lanes(inspector, page.counters)
+    loop = Loop(queue_socket, answers, inspector, page, accept_verdict=inspector.plain_verdict, shortcut=lanes)
     stop_on(loop, [signal.SIGTERM])
     for number in settings.queues:
         _bind(loop, number, is_fail_open=number == settings.queues[0])

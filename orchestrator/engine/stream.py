@@ -15,11 +15,15 @@ _LAYOUT = Struct("!IIIHBBB")
 STREAM_STATE_LEN = _LAYOUT.size
 """Bytes that the engine takes of the private data of a TCP connection; the helper has the rest."""
 
+PART_LEN = STREAM_STATE_LEN - 8
+"""Bytes of it that follow the two sequence numbers."""
+
 _SEEN = (0x01, 0x02)
 _PARTIAL = (0x04, 0x08)
 _REWRITTEN = (0x10, 0x20)
 _FINISHED = 0x40
 
+_FLAGS_AT = 8  # of the rest
 _MODULUS = 1 << 32
 _HALF = 1 << 31
 
@@ -89,6 +93,20 @@ class Stream:
 
 TOO_LONG = b""
 """Instead of the beginning of a message: nobody reads it, and it ends at the next delimiter."""
+
+
+def parts(private_len: int) -> Struct:
+    """The private data of a connection with `private_len` bytes of the helper's, for those who only follow it.
+
+    Next sequence numbers of both directions, and the rest: `PART_LEN` bytes of ours, and the helper's.
+    """
+    return Struct(f"!II{PART_LEN + private_len}s")
+
+
+def is_followed(rest: bytes, direction: Direction) -> bool:
+    """True if the next segment of a direction, when it comes in order, begins with a new message."""
+    flags = rest[_FLAGS_AT] & (_SEEN[direction] | _PARTIAL[direction] | _FINISHED)
+    return flags == _SEEN[direction]
 
 
 class Partials:

