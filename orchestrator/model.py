@@ -281,7 +281,7 @@ class ProcessSpec:
     files: tuple[str, ...]
     queues: tuple[int, ...]
     keys: tuple[HelperKey, ...]
-    ready_within_s: int = 10
+    ready_within_s: int = 30
 
 
 @dataclass(frozen=True, slots=True)

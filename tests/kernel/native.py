@@ -74,10 +74,20 @@ class Router:
         return next(p for p in self.orch.system.processes.running() if p.name == name)
 
     def counters(self, name: str = "ftp") -> Counters:
+        """As they are once every packet of its queues was counted; the process writes them some milliseconds late."""
+        until(lambda: self._counted(name).packets >= self._queued(name), "all packets counted")
+        return self._counted(name)
+
+    def _counted(self, name: str) -> Counters:
         process = self.process(name)
         seen = self.orch.system.processes.counters(process.profile, find(ROUTER), name)
         assert seen is not None
         return seen.counters
+
+    def _queued(self, name: str) -> int:
+        mine = self.queues(name)
+        rows = self.orch.system.host.queues(find(ROUTER))
+        return sum(row.seen - row.user_dropped for row in rows if row.queue_num in mine)
 
     def log(self, name: str) -> str:
         processes = self.orch.system.processes
