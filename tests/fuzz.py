@@ -8,16 +8,20 @@ A law of one input takes bytes and raises if it does not hold. To add a parser, 
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 import time
 import traceback
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from random import Random, SystemRandom
 from typing import NamedTuple
 
-from orchestrator.engine import packet
-from orchestrator.engine.api import L4, NOTHING, Answer, Direction, Expect, Flow, Helper, Tuple
+from orchestrator.engine import nfqueue, packet
+from orchestrator.engine.api import L4, NOTHING, Answer, Bounds, Direction, Expect, Flow, Helper, Tuple
+from orchestrator.engine.inspector import Duty, Inspector
+from orchestrator.engine.netlink import DecodeError
 from orchestrator.helpers.ftp import Ftp
 from orchestrator.helpers.tftp import Tftp
 from tests import packets
@@ -150,6 +154,39 @@ def replace(data: bytes) -> None:
         assert before % 0xFFFF == after % 0xFFFF
 
 
+_KNOWING = nfqueue.Decoder()
+
+
+def message(data: bytes) -> None:
+    """Whatever can be read gets a verdict; and a decoder that knows layouts reads what one that knows none reads.
+
+    It may read more: the length of an attribute that nobody needs, it does not look at.
+    """
+    known, fresh = _read(_KNOWING, data), _read(nfqueue.Decoder(), data)
+    assert fresh in (None, known)
+    if known is None:
+        return
+    duty = Duty(names=frozenset((known.helper,)), bounds=Bounds(), by_rules=True, label=70)
+    for helper in (_FTP, _TFTP):
+        outcome = Inspector(helper, duty, _Refusing()).inspect(known)
+        assert outcome.error is None or isinstance(outcome.error, DecodeError)
+        assert nfqueue.encode_verdict(known, outcome.verdict, outcome.change)
+
+
+def _read(decoder: nfqueue.Decoder, data: bytes) -> nfqueue.Packet | None:
+    try:
+        return decoder.decode(memoryview(data))
+    except DecodeError:
+        return None
+
+
+class _Refusing:
+    """A kernel that grants no request."""
+
+    def request(self, message: bytes) -> int:
+        return errno.ENOENT
+
+
 def _edits(payload: bytes) -> tuple[list[tuple[int, int, bytes]], bytes]:
     """Some edits, always the same for a payload, and what they make of it."""
     random = Random(zlib.crc32(payload))
@@ -198,7 +235,14 @@ _PACKETS = (
 )
 _NUMBERS = (b"\0", b"\xff", b"\0\0", b"\xff\xff", b"\0\1", b"\6", b"\x11", b"\x2c", b"\x45", b"\x60")
 
+_GOLDEN = Path(__file__).parent / "golden" / "nfqueue"
+_MESSAGES = tuple(
+    bytes.fromhex("".join(line.partition("#")[0] for line in path.read_text(encoding="utf-8").splitlines()))
+    for path in sorted(_GOLDEN.iterdir())
+)
+
 PARSERS = {
+    "message": Parser(message, _MESSAGES, _NUMBERS),
     "ftp": Parser(ftp, _FTP_EXAMPLES, _FTP_WORDS),
     "tftp": Parser(tftp, _TFTP_EXAMPLES, _NUMBERS),
     "packet.locate": Parser(locate, _PACKETS, _NUMBERS),
