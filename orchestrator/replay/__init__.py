@@ -9,6 +9,7 @@ import sys
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import BinaryIO
 
 from orchestrator.errors import HelperProcessError, OrchError
 from orchestrator.replay import report
@@ -22,11 +23,11 @@ def run(request: Request, capture: str) -> Generator[PacketReport | Summary, Non
     """The packets that have something to say, and at last the summary; `capture` is a file, `-` standard input.
 
     Both files are opened here: whom the process runs as need not be able to. Raises OrchError if the capture or the
-    helper cannot be read, and OSError if one of the files cannot be opened.
+    helper cannot be read.
     """
     with ExitStack() as files:
-        stream = sys.stdin.buffer if capture == "-" else files.enter_context(Path(capture).open("rb"))
-        source = files.enter_context(Path(request.name).open("rb")).fileno() if request.kind == "file" else None
+        stream = sys.stdin.buffer if capture == "-" else files.enter_context(_opened(capture, "capture"))
+        source = files.enter_context(_opened(request.name, "helper")).fileno() if request.kind == "file" else None
         process = subprocess.Popen(
             [
                 *(sys.executable, "-I", "-c", _PROGRAM.format(path=[entry for entry in sys.path if entry])),
@@ -38,14 +39,21 @@ def run(request: Request, capture: str) -> Generator[PacketReport | Summary, Non
             text=True,
         )
         try:
-            yield from _lines(process)
+            yield from _lines(process, capture)
             process.wait()
         finally:
             process.kill()
             process.communicate()
 
 
-def _lines(process: subprocess.Popen[str]) -> Iterator[PacketReport | Summary]:
+def _opened(file: str, role: str) -> BinaryIO:
+    try:
+        return Path(file).open("rb")
+    except OSError as error:
+        raise OrchError(f"cannot read the {role}: {error.strerror}", where=file) from error
+
+
+def _lines(process: subprocess.Popen[str], capture: str) -> Iterator[PacketReport | Summary]:
     assert process.stdout is not None  # it is a pipe
     for text in process.stdout:
         try:
@@ -54,7 +62,7 @@ def _lines(process: subprocess.Popen[str]) -> Iterator[PacketReport | Summary]:
             raise HelperProcessError("the helper wrote into the answer of its process") from error
         if isinstance(line, Failure):
             process.wait()
-            raise OrchError(line.what, hint=line.hint)
+            raise OrchError(line.what, where=capture if line.is_of_capture else "", hint=line.hint)
         yield line
         if isinstance(line, Summary):
             return

@@ -102,10 +102,11 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why there is no replay."""
+    """Why there is no replay; `is_of_capture` says that the capture is to blame, and not the helper."""
 
     what: str
     hint: str = ""
+    is_of_capture: bool = False
 
 
 Line = PacketReport | Summary | Failure

@@ -67,7 +67,7 @@ def replay(request: Request, source: bytes, stream: BinaryIO) -> Iterator[Line]:
     try:
         yield from replayed.reports(stream if stream.seekable() else io.BytesIO(stream.read()))
     except NotACaptureError as error:
-        yield Failure(f"cannot read the capture: {error}")
+        yield Failure(f"cannot read the capture: {error}", "tcpdump -w FILE writes one", is_of_capture=True)
         return
     yield replayed.summary
 

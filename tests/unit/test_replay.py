@@ -350,10 +350,16 @@ def test_a_helper_that_cannot_be_loaded_is_an_error(orch: Terminal, tmp_path: Pa
 @pytest.mark.parametrize(
     "argv, what",
     [
-        (("ftp", "/nowhere.pcap"), "error: No such file or directory\n  where: /nowhere.pcap\n"),
-        (("./nowhere.py", FTP_PCAP), "error: No such file or directory\n  where: nowhere.py\n"),
-        (("ftp", str(CAPTURES)), "error: Is a directory\n"),
-        (("ftp", __file__), "error: cannot read the capture: it is neither pcap nor pcapng\n"),
+        (
+            ("ftp", "/nowhere.pcap"),
+            "error: cannot read the capture: No such file or directory\n  where: /nowhere.pcap\n",
+        ),
+        (
+            ("./nowhere.py", FTP_PCAP),
+            "error: cannot read the helper: No such file or directory\n  where: ./nowhere.py\n",
+        ),
+        (("ftp", str(CAPTURES)), f"error: cannot read the capture: Is a directory\n  where: {CAPTURES}\n"),
+        (("ftp", __file__), f"error: cannot read the capture: it is neither pcap nor pcapng\n  where: {__file__}\n"),
         (("ftq", FTP_PCAP), "error: cannot load ftq: 0 installed packages offer a helper 'ftq'\n  hint:  orch helpers"),
         (("a.b", FTP_PCAP), "error: cannot load a.b: 0 installed packages offer a helper 'a.b'\n"),
     ],
