@@ -74,6 +74,8 @@ def routed() -> Iterator[None]:
             run("ip", "netns", "add", name)
             made.append(name)
             inside(name, "ip", "link", "set", "lo", "up")
+            # The ports that tests name are below: no connection takes one of those for its source.
+            inside(name, "sysctl", "-qw", "net.ipv4.ip_local_port_range=52000 60999")
         _link(CLIENT, "10.66.1.2/24", "fd66:1::2/64", ROUTER, "lan0", "10.66.1.1/24", "fd66:1::1/64")
         _link(SERVER, "10.66.2.2/24", "fd66:2::2/64", ROUTER, "wan0", "10.66.2.1/24", "fd66:2::1/64")
         for address in ("10.66.1.101/32", "fd66:1::101/128"):

@@ -3,44 +3,43 @@
 from __future__ import annotations
 
 import contextlib
-import enum
 import gc
-import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from orchestrator import __version__
 from orchestrator.errors import Interrupted, OrchError, ProfileError, RollbackError, UsageError
+from orchestrator.session import (
+    DEFAULT_STATE,
+    Colour,
+    ColourOption,
+    ExitCode,
+    FullOption,
+    JsonOption,
+    NetnsOption,
+    ProfileArgument,
+    QuietOption,
+    Session,
+    StateOption,
+    TemplatesOption,
+    VerboseOption,
+    WaitOption,
+    YesOption,
+    is_coloured,
+    load,
+    make_app,
+    new_session,
+    render_target,
+    warn_all,
+)
 
 if TYPE_CHECKING:
-    from orchestrator.app import App
-    from orchestrator.execute import Outcome
     from orchestrator.model import Desired, Target
-    from orchestrator.state import Plan
-    from orchestrator.views.human import Paint
-
-
-class ExitCode(enum.IntEnum):
-    OK = 0
-    FAILED = 1
-    DIFFERS = 2
-    MIXED = 3
-    DECLINED = 4
-    USAGE = 64
-
-
-class Colour(enum.StrEnum):
-    AUTO = "auto"
-    ALWAYS = "always"
-    NEVER = "never"
 
 
 _EXIT_CODES = """
@@ -60,163 +59,7 @@ cli = typer.Typer(
     epilog=_EXIT_CODES,
 )
 
-ProfileArgument = Annotated[str, typer.Argument(metavar="PROFILE", help="Profile file; - reads standard input.")]
-NetnsOption = Annotated[
-    str | None,
-    typer.Option("--netns", envvar="ORCH_NETNS", help="Namespace, by name or path; overrides the profile's."),
-]
-StateOption = Annotated[
-    Path, typer.Option("--state-dir", envvar="ORCH_STATE_DIR", help="Where the ledger and the runtime files are.")
-]
-TemplatesOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--templates", envvar="ORCH_TEMPLATES", help="Directory of templates that replace ours, file by file."
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", envvar="ORCH_JSON", help="JSON Lines on standard output.")]
-ColourOption = Annotated[Colour, typer.Option("--color", envvar="ORCH_COLOR", help="Colour the output.")]
-VerboseOption = Annotated[
-    int, typer.Option("--verbose", "-v", count=True, envvar="ORCH_VERBOSE", help="Say more; repeat for still more.")
-]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", envvar="ORCH_QUIET", help="Errors only.")]
-WaitOption = Annotated[
-    float, typer.Option("--wait", envvar="ORCH_WAIT", min=0, help="Seconds to wait for another orch to finish.")
-]
-YesOption = Annotated[bool, typer.Option("--yes", "-y", envvar="ORCH_YES", help="Answer every question with yes.")]
-FullOption = Annotated[bool, typer.Option("--full", envvar="ORCH_FULL", help="Show the text of the rules as a diff.")]
-
-_DEFAULT_STATE = Path("/run/orch")
 _TRUE = ("1", "true", "t", "yes", "y", "on")  # what click takes for true in a variable
-
-
-@dataclass(slots=True)
-class Session:
-    """How one command speaks: streams, colour, verbosity, JSON or text, and the signals that reached it."""
-
-    command: str
-    is_json: bool = False
-    colour: Colour = Colour.AUTO
-    verbose: int = 0
-    is_quiet: bool = False
-    is_yes: bool = False
-    signal_number: int = 0
-    _is_asking: bool = field(default=False, repr=False)
-
-    def __post_init__(self) -> None:
-        level = [logging.WARNING, logging.INFO, logging.DEBUG][min(self.verbose, 2)]
-        logging.basicConfig(
-            level=logging.ERROR if self.is_quiet else level, format="%(levelname)s %(name)s: %(message)s", force=True
-        )
-
-    def paint(self, stream: Any = None) -> Paint:
-        from orchestrator.views.human import Paint
-
-        return Paint(is_on=_is_coloured(self.colour, stream or sys.stderr))
-
-    def write(self, text: str) -> None:
-        sys.stdout.write(text)
-
-    def say(self, text: str) -> None:
-        if not self.is_quiet:
-            with contextlib.suppress(OSError):  # nobody listens any more; the work goes on
-                sys.stderr.write(text if text.endswith("\n") else text + "\n")
-
-    def warn(self, sentence: str) -> None:
-        self.say(f"{self.paint()('warning', 'warning')}: {sentence}")
-
-    def step(self, outcome: Outcome) -> None:
-        from orchestrator.views import human, machine
-
-        if self.is_json:
-            self.write(machine.step_line(outcome) + "\n")
-        else:
-            self.say(human.step_text(outcome, self.paint(), with_time=self.verbose > 0))
-
-    def confirm(self, plan: Plan, reason: str) -> bool:
-        """True if the question is answered with exactly `yes`, or was with --yes."""
-        from orchestrator.views.human import plan_text
-
-        if self.is_yes:
-            return True
-        if not sys.stdin.isatty():
-            raise UsageError(
-                f"needs a confirmation: {reason or 'asked for with --ask'}".strip(),
-                where="standard input is not a terminal",
-                hint="give -y/--yes if that is meant",
-            )
-        sys.stderr.write(plan_text(plan, plan.profile, self.paint()))
-        sys.stderr.write(f'{reason} Only "yes" is accepted: '.lstrip())
-        sys.stderr.flush()
-        self._is_asking = True
-        try:
-            return sys.stdin.readline().strip() == "yes"
-        finally:
-            self._is_asking = False
-
-    def result(self, exit_code: ExitCode, text: str, **content: Any) -> ExitCode:
-        """The last thing a command says: a JSON line, or text on standard output."""
-        if self.is_json:
-            from orchestrator.views import machine
-
-            self.write(machine.result_line(self.command, exit_code, **content) + "\n")
-        elif not self.is_quiet:
-            self.write(text)
-        return exit_code
-
-    @contextmanager
-    def catching_signals(self) -> Iterator[None]:
-        """INT, TERM and HUP are remembered, so that the running step can end and be undone; a question ends at once."""
-
-        def handle(number: int, _frame: object) -> None:
-            self.signal_number = self.signal_number or number
-            if self._is_asking:
-                raise Interrupted(number)
-
-        before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-def _is_coloured(colour: Colour, stream: Any) -> bool:
-    if colour is not Colour.AUTO:
-        return colour is Colour.ALWAYS
-    if os.environ.get("NO_COLOR"):
-        return False
-    if os.environ.get("FORCE_COLOR"):
-        return True
-    return bool(stream.isatty()) and os.environ.get("TERM") != "dumb"
-
-
-def _load(profile: str) -> Desired:
-    from orchestrator import profile as profiles
-    from orchestrator.supervise.describe import describe
-
-    if profile == "-":
-        return profiles.load(sys.stdin.buffer.read(), "<stdin>", describe)
-    return profiles.load_file(Path(profile), describe)
-
-
-def _target(desired: Desired, templates: Path | None) -> Target:
-    from orchestrator import render
-
-    return render.target(desired, template_dir=templates)
-
-
-def _app(session: Session, *, netns: str | None, state_dir: Path, wait_s: float = 10.0) -> App:
-    from orchestrator import app, reports
-
-    talk = reports.Talk(session.step, session.warn, session.confirm, lambda: session.signal_number)
-    state_dir = state_dir.resolve()  # processes are found by its text
-    return app.App(app.kernel_system(state_dir), state_dir, app.boot_id(), talk, netns, wait_s)
-
-
-def _warn_all(session: Session, desired: Desired) -> None:
-    for sentence in desired.warnings:
-        session.warn(sentence)
 
 
 @cli.command(epilog="orch check profiles/ftp.yaml")
@@ -229,10 +72,10 @@ def check(
     is_quiet: QuietOption = False,
 ) -> ExitCode:
     """Parse and validate a profile; needs no privilege and no kernel."""
-    session = _session("check", is_json, colour, verbose, is_quiet)
-    desired = _load(profile)
-    _target(desired, templates)
-    _warn_all(session, desired)
+    session = new_session("check", is_json, colour, verbose, is_quiet)
+    desired = load(profile)
+    render_target(desired, templates)
+    warn_all(session, desired)
     return session.result(ExitCode.OK, f"{profile}: ok\n", problems=[], warnings=list(desired.warnings))
 
 
@@ -249,14 +92,14 @@ def render(
     is_quiet: QuietOption = False,
 ) -> ExitCode:
     """Print the documents that apply would use, byte for byte."""
-    session = _session("render", is_json, colour, verbose, is_quiet)
-    desired = _load(profile)
-    documents = _target(desired, templates).documents
+    session = new_session("render", is_json, colour, verbose, is_quiet)
+    desired = load(profile)
+    documents = render_target(desired, templates).documents
     names = ", ".join(d.name for d in documents)
     chosen = [d for d in documents if document in (None, d.name)]
     if not chosen:
         raise UsageError(f"there is no document {document!r}", hint=f"this profile has {names}")
-    _warn_all(session, desired)
+    warn_all(session, desired)
     text = chosen[0].text if document else "".join(f"# ---- {d.name} ----\n{d.text}" for d in chosen)
     session.is_quiet = False  # the text is what was asked for
     return session.result(ExitCode.OK, text, documents={d.name: d.text for d in chosen})
@@ -279,14 +122,14 @@ def diff(
     netns: NetnsOption = None,
     is_full: FullOption = False,
     templates: TemplatesOption = None,
-    state_dir: StateOption = _DEFAULT_STATE,
+    state_dir: StateOption = DEFAULT_STATE,
     is_json: JsonOption = False,
     colour: ColourOption = Colour.AUTO,
     verbose: VerboseOption = 0,
     is_quiet: QuietOption = False,
 ) -> ExitCode:
     """Read the system and print what apply would do; changes nothing."""
-    session = _session("diff", is_json, colour, verbose, is_quiet)
+    session = new_session("diff", is_json, colour, verbose, is_quiet)
     return _diff(session, profile, netns=netns, is_full=is_full, templates=templates, state_dir=state_dir)
 
 
@@ -296,10 +139,10 @@ def _diff(
     from orchestrator.reports import PlanRefusedError
     from orchestrator.views import human, machine
 
-    desired = _load(profile)
-    target = _target(desired, templates)
-    _warn_all(session, desired)
-    difference = _app(session, netns=netns, state_dir=state_dir).diff(desired, target)
+    desired = load(profile)
+    target = render_target(desired, templates)
+    warn_all(session, desired)
+    difference = make_app(session, netns=netns, state_dir=state_dir).diff(desired, target)
     text = human.difference_text(difference, session.paint(sys.stdout), is_full=is_full)
     code = ExitCode.OK if difference.plan.is_empty else ExitCode.DIFFERS
     if difference.plan.refusals:
@@ -322,24 +165,24 @@ def apply(
     is_yes: YesOption = False,
     wait_s: WaitOption = 10.0,
     templates: TemplatesOption = None,
-    state_dir: StateOption = _DEFAULT_STATE,
+    state_dir: StateOption = DEFAULT_STATE,
     is_json: JsonOption = False,
     colour: ColourOption = Colour.AUTO,
     verbose: VerboseOption = 0,
     is_quiet: QuietOption = False,
 ) -> ExitCode:
     """Make the system as the profile says, or leave it as it was."""
-    session = _session("apply", is_json, colour, verbose, is_quiet)
+    session = new_session("apply", is_json, colour, verbose, is_quiet)
     if is_dry_run:
         return _diff(session, profile, netns=netns, is_full=is_full, templates=templates, state_dir=state_dir)
     from orchestrator.views import human, machine
 
     session.is_yes = is_yes
-    desired = _load(profile)
-    target = _target(desired, templates)
-    _warn_all(session, desired)
+    desired = load(profile)
+    target = render_target(desired, templates)
+    warn_all(session, desired)
     with session.catching_signals():
-        report = _app(session, netns=netns, state_dir=state_dir, wait_s=wait_s).apply(desired, target, ask=ask)
+        report = make_app(session, netns=netns, state_dir=state_dir, wait_s=wait_s).apply(desired, target, ask=ask)
     for note in report.notes:
         session.warn(note)
     if report.declined:
@@ -357,7 +200,7 @@ def teardown(
     is_yes: YesOption = False,
     wait_s: WaitOption = 10.0,
     templates: TemplatesOption = None,
-    state_dir: StateOption = _DEFAULT_STATE,
+    state_dir: StateOption = DEFAULT_STATE,
     is_json: JsonOption = False,
     colour: ColourOption = Colour.AUTO,
     verbose: VerboseOption = 0,
@@ -366,11 +209,11 @@ def teardown(
     """Remove what orch applied in the namespace, and only that."""
     from orchestrator.views import human, machine
 
-    session = _session("teardown", is_json, colour, verbose, is_quiet)
+    session = new_session("teardown", is_json, colour, verbose, is_quiet)
     session.is_yes = is_yes
     name, desired, target = _what_to_remove(profile, templates)
     with session.catching_signals():
-        app = _app(session, netns=netns, state_dir=state_dir, wait_s=wait_s)
+        app = make_app(session, netns=netns, state_dir=state_dir, wait_s=wait_s)
         report = app.teardown(name, every_netns=is_all, desired=desired, target=target)
     leftovers = [sentence for one in report.reports for sentence in one.leftovers]
     for sentence in leftovers:
@@ -388,8 +231,8 @@ def _what_to_remove(profile: str, templates: Path | None) -> tuple[str, Desired 
     if profile == "" or (is_profile_name(profile) and not Path(profile).is_file()):
         return profile, None, None
     try:
-        desired = _load(profile)
-        return desired.profile, desired, _target(desired, templates)
+        desired = load(profile)
+        return desired.profile, desired, render_target(desired, templates)
     except ProfileError as error:
         raise OrchError(
             f"cannot read the profile: {error.what}",
@@ -402,7 +245,7 @@ def _what_to_remove(profile: str, templates: Path | None) -> tuple[str, Desired 
 def status(
     profile: Annotated[str, typer.Argument(metavar="[PROFILE]", help="Name of a profile; default: all.")] = "",
     netns: NetnsOption = None,
-    state_dir: StateOption = _DEFAULT_STATE,
+    state_dir: StateOption = DEFAULT_STATE,
     is_json: JsonOption = False,
     colour: ColourOption = Colour.AUTO,
     verbose: VerboseOption = 0,
@@ -411,8 +254,8 @@ def status(
     """Show every applied profile: helpers, processes, queues, expectations, and what is not as it was applied."""
     from orchestrator.views import human, machine
 
-    session = _session("status", is_json, colour, verbose, is_quiet)
-    seen = _app(session, netns=netns, state_dir=state_dir).status(profile)
+    session = new_session("status", is_json, colour, verbose, is_quiet)
+    seen = make_app(session, netns=netns, state_dir=state_dir).status(profile)
     is_right = not (seen.unknown or seen.unsettled or any(p.drift for p in seen.profiles))
     code = ExitCode.OK if is_right else ExitCode.DIFFERS
     text = human.status_text(seen, session.paint(sys.stdout), profile)
@@ -430,7 +273,7 @@ def helpers(
     from orchestrator.kernel.host import KernelHost
     from orchestrator.views import helpers as view
 
-    session = _session("helpers", is_json, colour, verbose, is_quiet)
+    session = new_session("helpers", is_json, colour, verbose, is_quiet)
     rows = view.rows(KernelHost())
     return session.result(ExitCode.OK, view.text(rows), helpers=view.value(rows))
 
@@ -475,7 +318,7 @@ def replay(
     from orchestrator.replay.report import PacketReport, Request
     from orchestrator.views import replay as view
 
-    session = _session("replay", is_json, colour, verbose, is_quiet)
+    session = new_session("replay", is_json, colour, verbose, is_quiet)
     request = Request(
         kind="file" if "/" in helper else "named",
         name=helper,
@@ -521,10 +364,6 @@ def _ports(option: str, text: str) -> tuple[int, int] | None:
     except ValueError:
         raise UsageError(f"{option} takes a range such as 1024-65535, not {text!r}") from None
     return (wanted.first, wanted.last) if wanted else None
-
-
-def _session(command: str, is_json: bool, colour: Colour, verbose: int, is_quiet: bool) -> Session:
-    return Session(command, is_json=is_json, colour=colour, verbose=verbose, is_quiet=is_quiet)
 
 
 def _print_version(is_wanted: bool) -> None:
@@ -583,7 +422,7 @@ def _fail(argv: list[str], error: OrchError, code: int, *, usage: str = "") -> i
     is_json = "--json" in argv or os.environ.get("ORCH_JSON", "").lower() in _TRUE
     command = next((word for word in argv if not word.startswith("-")), "")
     with contextlib.suppress(OSError):
-        paint = human.Paint(is_on=_is_coloured(_asked_colour(argv), sys.stderr))
+        paint = human.Paint(is_on=is_coloured(_asked_colour(argv), sys.stderr))
         sys.stderr.write(usage + human.error_text(error, paint))
     with contextlib.suppress(OSError):
         if is_json:

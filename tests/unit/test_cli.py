@@ -12,9 +12,9 @@ import pytest
 
 from orchestrator import app as app_module
 from orchestrator import cli
-from orchestrator.cli import ExitCode
 from orchestrator.fake import FakeKernel
 from orchestrator.model import QueueRow
+from orchestrator.session import ExitCode
 from tests.hosts import FTP
 
 Answer = tuple[int, str, str]

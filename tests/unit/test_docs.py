@@ -14,8 +14,9 @@ import typer.main
 
 from orchestrator import catalogue, profile, profile_schema
 from orchestrator.catalogue import CatalogueEntry, EngineEntry
-from orchestrator.cli import ExitCode, cli
+from orchestrator.cli import cli
 from orchestrator.model import Policy
+from orchestrator.session import ExitCode
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -15,6 +15,7 @@ PURE = BASE | {"ports", "state", "catalogue", "overlap", "launches", "serial"}
 PROFILE = BASE | {"catalogue", "document", "overlap", "yamltext"}
 PROFILE |= {"profile_schema", "resolve", "choose", "attach", "queues"}
 PLAN = PURE | {"plan_registrations", "plan_processes", "plan_rules"}
+COMMAND = PURE | {"replay", "reports", "app", "execute", "kernel", "profile", "render", "supervise", "views"}
 LAYERS: dict[str, set[str]] = {
     "__main__": {"cli"},
     "errors": set(),
@@ -42,7 +43,9 @@ LAYERS: dict[str, set[str]] = {
     "replay": {"errors", "engine"},
     "app": PURE | {"execute", "journal", "observe", "plan", "reports", "status", "kernel", "supervise"},
     "views": PURE | {"replay", "reports", "execute", "status", "views"},
-    "cli": PURE | {"replay", "reports", "app", "execute", "kernel", "profile", "render", "supervise", "views"},
+    "session": COMMAND,
+    "commands": COMMAND | {"session"},
+    "cli": COMMAND | {"commands", "session"},
 }
 
 

@@ -20,6 +20,7 @@ from orchestrator import cli
 from orchestrator.replay import report
 from orchestrator.replay.report import Failure, Line, PacketReport, Request, Summary
 from orchestrator.replay.worker import replay
+from orchestrator.session import ExitCode
 from orchestrator.views import replay as view
 from orchestrator.views.human import Paint
 from tests.golden.replay import make
@@ -376,5 +377,5 @@ def test_what_cannot_be_read_is_an_error(orch: Terminal, argv: tuple[str, ...], 
 )
 def test_wrong_options_are_wrong_usage(orch: Terminal, options: tuple[str, ...]) -> None:
     code, out, err = orch("ftp", FTP_PCAP, *options)
-    assert (code, out) == (cli.ExitCode.USAGE, "")
+    assert (code, out) == (ExitCode.USAGE, "")
     assert options[0] in err

@@ -1,0 +1,203 @@
+"""What every command shares: its options, its exit codes, how it speaks, and how it gets its profile and its app."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from orchestrator.errors import Interrupted, UsageError
+
+if TYPE_CHECKING:
+    from orchestrator.app import App
+    from orchestrator.execute import Outcome
+    from orchestrator.model import Desired, Target
+    from orchestrator.state import Plan
+    from orchestrator.views.human import Paint
+
+
+class ExitCode(enum.IntEnum):
+    OK = 0
+    FAILED = 1
+    DIFFERS = 2
+    MIXED = 3
+    DECLINED = 4
+    USAGE = 64
+
+
+class Colour(enum.StrEnum):
+    AUTO = "auto"
+    ALWAYS = "always"
+    NEVER = "never"
+
+
+ProfileArgument = Annotated[str, typer.Argument(metavar="PROFILE", help="Profile file; - reads standard input.")]
+NetnsOption = Annotated[
+    str | None,
+    typer.Option("--netns", envvar="ORCH_NETNS", help="Namespace, by name or path; overrides the profile's."),
+]
+StateOption = Annotated[
+    Path, typer.Option("--state-dir", envvar="ORCH_STATE_DIR", help="Where the ledger and the runtime files are.")
+]
+TemplatesOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--templates", envvar="ORCH_TEMPLATES", help="Directory of templates that replace ours, file by file."
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", envvar="ORCH_JSON", help="JSON Lines on standard output.")]
+ColourOption = Annotated[Colour, typer.Option("--color", envvar="ORCH_COLOR", help="Colour the output.")]
+VerboseOption = Annotated[
+    int, typer.Option("--verbose", "-v", count=True, envvar="ORCH_VERBOSE", help="Say more; repeat for still more.")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", envvar="ORCH_QUIET", help="Errors only.")]
+WaitOption = Annotated[
+    float, typer.Option("--wait", envvar="ORCH_WAIT", min=0, help="Seconds to wait for another orch to finish.")
+]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", envvar="ORCH_YES", help="Answer every question with yes.")]
+FullOption = Annotated[bool, typer.Option("--full", envvar="ORCH_FULL", help="Show the text of the rules as a diff.")]
+
+DEFAULT_STATE = Path("/run/orch")
+
+
+@dataclass(slots=True)
+class Session:
+    """How one command speaks: streams, colour, verbosity, JSON or text, and the signals that reached it."""
+
+    command: str
+    is_json: bool = False
+    colour: Colour = Colour.AUTO
+    verbose: int = 0
+    is_quiet: bool = False
+    is_yes: bool = False
+    signal_number: int = 0
+    _is_asking: bool = field(default=False, repr=False)
+
+    def __post_init__(self) -> None:
+        level = [logging.WARNING, logging.INFO, logging.DEBUG][min(self.verbose, 2)]
+        logging.basicConfig(
+            level=logging.ERROR if self.is_quiet else level, format="%(levelname)s %(name)s: %(message)s", force=True
+        )
+
+    def paint(self, stream: Any = None) -> Paint:
+        from orchestrator.views.human import Paint
+
+        return Paint(is_on=is_coloured(self.colour, stream or sys.stderr))
+
+    def write(self, text: str) -> None:
+        sys.stdout.write(text)
+
+    def say(self, text: str) -> None:
+        if not self.is_quiet:
+            with contextlib.suppress(OSError):  # nobody listens any more; the work goes on
+                sys.stderr.write(text if text.endswith("\n") else text + "\n")
+
+    def warn(self, sentence: str) -> None:
+        self.say(f"{self.paint()('warning', 'warning')}: {sentence}")
+
+    def step(self, outcome: Outcome) -> None:
+        from orchestrator.views import human, machine
+
+        if self.is_json:
+            self.write(machine.step_line(outcome) + "\n")
+        else:
+            self.say(human.step_text(outcome, self.paint(), with_time=self.verbose > 0))
+
+    def confirm(self, plan: Plan, reason: str) -> bool:
+        """True if the question is answered with exactly `yes`, or was with --yes."""
+        from orchestrator.views.human import plan_text
+
+        if self.is_yes:
+            return True
+        if not sys.stdin.isatty():
+            raise UsageError(
+                f"needs a confirmation: {reason or 'asked for with --ask'}".strip(),
+                where="standard input is not a terminal",
+                hint="give -y/--yes if that is meant",
+            )
+        sys.stderr.write(plan_text(plan, plan.profile, self.paint()))
+        sys.stderr.write(f'{reason} Only "yes" is accepted: '.lstrip())
+        sys.stderr.flush()
+        self._is_asking = True
+        try:
+            return sys.stdin.readline().strip() == "yes"
+        finally:
+            self._is_asking = False
+
+    def result(self, exit_code: ExitCode, text: str, **content: Any) -> ExitCode:
+        """The last thing a command says: a JSON line, or text on standard output."""
+        if self.is_json:
+            from orchestrator.views import machine
+
+            self.write(machine.result_line(self.command, exit_code, **content) + "\n")
+        elif not self.is_quiet:
+            self.write(text)
+        return exit_code
+
+    @contextmanager
+    def catching_signals(self) -> Iterator[None]:
+        """INT, TERM and HUP are remembered, so that the running step can end and be undone; a question ends at once."""
+
+        def handle(number: int, _frame: object) -> None:
+            self.signal_number = self.signal_number or number
+            if self._is_asking:
+                raise Interrupted(number)
+
+        before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def is_coloured(colour: Colour, stream: Any) -> bool:
+    if colour is not Colour.AUTO:
+        return colour is Colour.ALWAYS
+    if os.environ.get("NO_COLOR"):
+        return False
+    if os.environ.get("FORCE_COLOR"):
+        return True
+    return bool(stream.isatty()) and os.environ.get("TERM") != "dumb"
+
+
+def load(profile: str) -> Desired:
+    from orchestrator import profile as profiles
+    from orchestrator.supervise.describe import describe
+
+    if profile == "-":
+        return profiles.load(sys.stdin.buffer.read(), "<stdin>", describe)
+    return profiles.load_file(Path(profile), describe)
+
+
+def render_target(desired: Desired, templates: Path | None) -> Target:
+    from orchestrator import render
+
+    return render.target(desired, template_dir=templates)
+
+
+def make_app(session: Session, *, netns: str | None, state_dir: Path, wait_s: float = 10.0) -> App:
+    from orchestrator import app, reports
+
+    talk = reports.Talk(session.step, session.warn, session.confirm, lambda: session.signal_number)
+    state_dir = state_dir.resolve()  # processes are found by its text
+    return app.App(app.kernel_system(state_dir), state_dir, app.boot_id(), talk, netns, wait_s)
+
+
+def warn_all(session: Session, desired: Desired) -> None:
+    for sentence in desired.warnings:
+        session.warn(sentence)
+
+
+def new_session(command: str, is_json: bool, colour: Colour, verbose: int, is_quiet: bool) -> Session:
+    return Session(command, is_json=is_json, colour=colour, verbose=verbose, is_quiet=is_quiet)
