@@ -4,7 +4,7 @@ KERNEL ?= 6.1
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab fmt lint type check test test-vm vm-shell demo golden fuzz bench wheel clean
+.PHONY: help setup lab fmt lint type check test test-vm vm-shell demo golden manual man fuzz bench wheel clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -43,6 +43,12 @@ demo: lab ## FTP through a stateful router, without and with a helper; BACKEND=n
 
 golden: setup ## Rewrite the expected texts of the tests; review the diff
 	ORCH_UPDATE_GOLDEN=1 $(PY) -m pytest -q -m "not kernel" tests/unit
+
+manual: setup ## Write docs/man and contrib/completion from the code
+	$(PY) -m lab.manual
+
+man: lab ## Build the pages for man(1) into dist/man
+	$(PY) -m lab.inside -- $(PY) -m lab.manual --roff dist/man
 
 fuzz: setup ## Random input for every parser: make fuzz ARGS="--seconds 600"
 	$(PY) -m tests.fuzz $(ARGS)

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from orchestrator import __version__
+from orchestrator import __version__, complete
+from orchestrator.commands import completion
 from orchestrator.errors import Interrupted, OrchError, ProfileError, RollbackError, UsageError
 from orchestrator.session import (
     DEFAULT_STATE,
+    AppliedArgument,
     Colour,
     ColourOption,
     ExitCode,
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
     from orchestrator.model import Desired, Target
 
 
-_EXIT_CODES = """
+EXIT_CODES = """
 Exit codes: 0 done or nothing to do; 1 failed, the system is as before; 2 (diff, status) differs from the profile;
 3 failed and something is left in between; 4 not confirmed; 64 wrong usage; 130, 143, 129 interrupted and undone.
 """
@@ -56,7 +58,7 @@ cli = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Apply connection tracking helpers from one profile: registrations, rules and processes.\n\n"
     "orch diff profiles/ftp.yaml\n\norch apply profiles/ftp.yaml --netns blue",
-    epilog=_EXIT_CODES,
+    epilog=EXIT_CODES,
 )
 
 _TRUE = ("1", "true", "t", "yes", "y", "on")  # what click takes for true in a variable
@@ -193,7 +195,12 @@ def apply(
 @cli.command(epilog="orch teardown ftp --netns blue; orch teardown --all")
 def teardown(
     profile: Annotated[
-        str, typer.Argument(metavar="[PROFILE]", help="A profile's file or its name; default: all.")
+        str,
+        typer.Argument(
+            metavar="[PROFILE]",
+            help="A profile's file or its name; default: all.",
+            autocompletion=complete.applied_or_files,
+        ),
     ] = "",
     netns: NetnsOption = None,
     is_all: Annotated[bool, typer.Option("--all", envvar="ORCH_ALL", help="In every namespace.")] = False,
@@ -243,7 +250,7 @@ def _what_to_remove(profile: str, templates: Path | None) -> tuple[str, Desired 
 
 @cli.command(epilog="orch status; orch status ftp --json")
 def status(
-    profile: Annotated[str, typer.Argument(metavar="[PROFILE]", help="Name of a profile; default: all.")] = "",
+    profile: AppliedArgument = "",
     netns: NetnsOption = None,
     state_dir: StateOption = DEFAULT_STATE,
     is_json: JsonOption = False,
@@ -346,6 +353,9 @@ def replay(
     return code
 
 
+cli.command(epilog="orch completion bash > /etc/bash_completion.d/orch")(completion.completion)
+
+
 def _address(option: str, text: str) -> str:
     import ipaddress
 
@@ -384,6 +394,8 @@ def _root(
 def run(argv: list[str]) -> int:
     """Run one command; returns its exit code and never raises what a person could meet."""
     usage_error: type[Exception] = typer.BadParameter.__bases__[0]
+    if completion.VARIABLE in os.environ:
+        _prepare_completion()
     try:
         result = cli(args=argv, prog_name="orch", standalone_mode=False)
     except usage_error as error:
@@ -405,6 +417,13 @@ def run(argv: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return 128 + signal.SIGINT
     return int(result or 0)
+
+
+def _prepare_completion() -> None:
+    """Typer answers shells only where it may also install itself into their configuration; we want the first alone."""
+    from typer.completion import completion_init  # type: ignore[attr-defined]  # re-exported without saying so
+
+    completion_init()
 
 
 def _usage(argv: list[str], error: Exception) -> int:

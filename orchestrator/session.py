@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from orchestrator import complete
 from orchestrator.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:
@@ -41,10 +42,26 @@ class Colour(enum.StrEnum):
     NEVER = "never"
 
 
-ProfileArgument = Annotated[str, typer.Argument(metavar="PROFILE", help="Profile file; - reads standard input.")]
+ProfileArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="PROFILE", help="Profile file; - reads standard input.", autocompletion=complete.profile_files
+    ),
+]
+AppliedArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="[PROFILE]", help="Name of a profile; default: all.", autocompletion=complete.applied_profiles
+    ),
+]
 NetnsOption = Annotated[
     str | None,
-    typer.Option("--netns", envvar="ORCH_NETNS", help="Namespace, by name or path; overrides the profile's."),
+    typer.Option(
+        "--netns",
+        envvar="ORCH_NETNS",
+        help="Namespace, by name or path; overrides the profile's.",
+        autocompletion=complete.netns_names,
+    ),
 ]
 StateOption = Annotated[
     Path, typer.Option("--state-dir", envvar="ORCH_STATE_DIR", help="Where the ledger and the runtime files are.")

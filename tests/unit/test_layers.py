@@ -43,9 +43,10 @@ LAYERS: dict[str, set[str]] = {
     "replay": {"errors", "engine"},
     "app": PURE | {"execute", "journal", "observe", "plan", "reports", "status", "kernel", "supervise"},
     "views": PURE | {"replay", "reports", "execute", "status", "views"},
-    "session": COMMAND,
+    "complete": set(),
+    "session": COMMAND | {"complete"},
     "commands": COMMAND | {"session"},
-    "cli": COMMAND | {"commands", "session"},
+    "cli": COMMAND | {"commands", "complete", "session"},
 }
 
 
