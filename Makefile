@@ -4,7 +4,7 @@ KERNEL ?= 6.1
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab fmt lint type check test test-vm vm-shell demo golden manual man fuzz bench wheel clean
+.PHONY: help setup lab fmt lint type check test test-vm soak vm-shell demo golden manual man fuzz bench wheel clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -50,12 +50,17 @@ manual: setup ## Write docs/man and contrib/completion from the code
 man: lab ## Build the pages for man(1) into dist/man
 	$(PY) -m lab.inside -- $(PY) -m lab.manual --roff dist/man
 
+soak: lab ## Kill helper processes under traffic, KILLS times in each queueing: make soak KILLS=200
+	$(PY) -m lab.vm run --kernel $(KERNEL) --cpus 1 --timeout 7200 -- env ORCH_KILLS=$(or $(KILLS),1000) \
+		$(PY) -m pytest -q -m kernel tests/kernel/test_supervision.py -k killed
+
 fuzz: setup ## Random input for every parser: make fuzz ARGS="--seconds 600"
 	$(PY) -m tests.fuzz $(ARGS)
 
-bench: lab ## Control path and data path against their peers, each in one virtual machine
+bench: lab ## Control path and data path against their peers, each in one virtual machine; a scrape, here
 	$(PY) -m bench.control --kernel $(KERNEL)
 	$(PY) -m bench.data --kernel $(KERNEL)
+	$(PY) -m bench.exporter
 
 wheel: setup ## Build the wheel into dist
 	$(PY) -m pip wheel --quiet --no-deps --wheel-dir dist .

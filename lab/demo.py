@@ -21,7 +21,7 @@ from lab.vm import boot
 PROFILE = REPOSITORY / "profiles/ftp.yaml"
 
 # Command lines of everything that orch starts and leaves running.
-PROCESSES = "conntrackd|supervise/runner.py|engine/process.py"
+PROCESSES = "conntrackd|supervise/supervisor.py|engine/process.py"
 
 # Options of curl by what it then asks for. On IPv6 the extended ones are all there are.
 EXTENDED = {"EPSV": EXTENDED_PASSIVE, "EPRT": EXTENDED_ACTIVE}

@@ -11,10 +11,10 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from lab.expectations import Events, Expectation
 from lab.nat import Nat
 from lab.topology import CLIENT, CLIENT_IP, CLIENT_IP6, SERVER, SERVER_IP, SERVER_IP6
 from orchestrator.kernel.netns import entered, find
+from orchestrator.verify.expectations import Events, Expectation
 
 FTP_PORT, TFTP_PORT = 2121, 1069
 """Where the scripted servers listen; real ones may run beside them."""

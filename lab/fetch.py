@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab.layout import CACHE, SYSROOT, SYSROOT_PACKAGES_FILE, Kernel, LabError
+from lab.layout import CACHE, PROMTOOL, SYSROOT, SYSROOT_PACKAGES_FILE, Kernel, LabError
 
 DEBIAN = "http://deb.debian.org/debian"
 SECURITY = "http://deb.debian.org/debian-security"
@@ -36,6 +36,7 @@ SYSROOT_PACKAGES = (
     "libnftnl11",
     "libpcap0.8",
     "libwrap0",
+    "lowdown",
     "ncftp",
     "nfct",
     "nftables",
@@ -50,7 +51,7 @@ SYSROOT_PACKAGES = (
 # Servers that refuse to be installed beside one of the above; unpacked they have no file in common.
 SYSROOT_RIVALS = ("atftpd", "proftpd-core")
 # Common tools, unpacked with what they need only if the host has none.
-SYSROOT_PACKAGES_IF_MISSING = ("curl", "iproute2", "kmod", "openssl", "procps")
+SYSROOT_PACKAGES_IF_MISSING = ("curl", "iproute2", "kmod", "openssl", "procps", "systemd")
 
 # Debian's kernels were one package until 7.x and are several since; these parts make up what we boot.
 KERNEL_PART = re.compile(r"linux-(image|binary|modules|base)-\d")
@@ -214,6 +215,26 @@ def fetch_sysroot() -> None:
     say(f"sysroot: {len(debs)} packages unpacked into {SYSROOT}")
 
 
+def fetch_promtool() -> None:
+    """promtool alone out of Debian's prometheus: the server, what it needs and what it starts are of no use here."""
+    if PROMTOOL.exists():
+        say(f"{PROMTOOL.name}: it is here already")
+        return
+    apt = PrivateApt("promtool", release_suites(host_codename()))
+    apt.update()
+    (deb,) = apt.download(["prometheus"])
+    replace_directory(PROMTOOL.parent, lambda target: unpack_program(deb, "usr/bin/promtool", target))
+    shutil.rmtree(apt.archives)
+    say(f"{PROMTOOL.name}: unpacked into {PROMTOOL.parent}")
+
+
+def unpack_program(deb: Path, program: str, target: Path) -> None:
+    """One file of a package, without its directories."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as name:
+        unpack([deb], Path(name))
+        Path(name, program).rename(target / Path(program).name)
+
+
 def sysroot_packages() -> set[str]:
     """Names of the packages in the sysroot; empty if there is none."""
     if not SYSROOT_PACKAGES_FILE.exists():
@@ -292,11 +313,13 @@ def say(message: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python3 -m lab.fetch", description=__doc__)
-    parser.add_argument("what", choices=("kernels", "sysroot", "all"))
+    parser.add_argument("what", choices=("kernels", "sysroot", "promtool", "all"))
     what = parser.parse_args().what
     try:
         if what in ("sysroot", "all"):
             fetch_sysroot()
+        if what in ("promtool", "all"):
+            fetch_promtool()
         if what in ("kernels", "all"):
             for kernel in Kernel:
                 fetch_kernel(kernel)

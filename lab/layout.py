@@ -7,6 +7,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 CACHE = REPOSITORY / ".cache"
 SYSROOT = CACHE / "sysroot"
 SYSROOT_PACKAGES_FILE = SYSROOT / "usr/share/lab/packages"
+PROMTOOL = CACHE / "promtool" / "promtool"
 
 # Environment variable that tells a command that the sysroot is visible: "guest" in a guest, "host" in a namespace.
 INSIDE_VARIABLE = "LAB_INSIDE"

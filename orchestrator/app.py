@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import time
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from orchestrator.errors import OrchError, RollbackError, StalePlanError, VerifyError
 from orchestrator.execute import EXPECTED, Execution, lead_back
@@ -27,21 +31,20 @@ from orchestrator.state import (
 )
 from orchestrator.status import HostStatus, ProfileStatus, lost_profile, profile_status
 
+if TYPE_CHECKING:
+    from orchestrator.supervise.launcher import LocalProcesses
+
 
 def kernel_system(state_dir: Path) -> System:
     """The adapters of the running kernel."""
-    from orchestrator.kernel import netns
-    from orchestrator.kernel.clock import MonotonicClock
     from orchestrator.kernel.cthelper import KernelRegistry
-    from orchestrator.kernel.cthelper_codec import encode_status
     from orchestrator.kernel.host import KernelHost
     from orchestrator.kernel.iptables import IptablesRules
     from orchestrator.kernel.modules import KernelModules
     from orchestrator.kernel.nft import NftRules
-    from orchestrator.supervise.launcher import LocalProcesses
 
     host = KernelHost()
-    clock = MonotonicClock()
+    processes = local_processes(state_dir)
     return System(
         registry=KernelRegistry(),
         rules={
@@ -50,15 +53,25 @@ def kernel_system(state_dir: Path) -> System:
             Backend.IPTABLES_NFT: IptablesRules(Backend.IPTABLES_NFT),
         },
         host=host,
-        processes=LocalProcesses(
-            state_dir=state_dir,
-            clock=clock,
-            encode_disable=lambda key: encode_status(key, Status.DISABLED),
-            entered=netns.entered,
-            queues=host.queues,
-        ),
+        processes=processes,
         modules=KernelModules(),
-        clock=clock,
+        clock=processes.clock,
+    )
+
+
+def local_processes(state_dir: Path) -> LocalProcesses:
+    """The adapter for processes, as all commands on this state directory use it."""
+    from orchestrator.kernel import netns
+    from orchestrator.kernel.clock import MonotonicClock
+    from orchestrator.kernel.cthelper_codec import encode_status
+    from orchestrator.supervise.launcher import LocalProcesses
+
+    return LocalProcesses(
+        state_dir=state_dir,
+        clock=MonotonicClock(),
+        encode_disable=lambda key: encode_status(key, Status.DISABLED),
+        encode_enable=lambda key: encode_status(key, Status.ENABLED),
+        entered=netns.entered,
     )
 
 
@@ -308,22 +321,38 @@ class App:
 
     # -- status -------------------------------------------------------------------------------------------------------
 
+    def applied(self, wanted: str = "") -> tuple[Applied, ...]:
+        """What the ledger remembers of every namespace (or one, if it was named) and every profile (or one)."""
+        with contextlib.closing(self._open(create=False)) as ledger:
+            return tuple(applied for applied in ledger.applied() if self._is_asked_for(applied.owner, wanted))
+
     def status(self, wanted: str = "") -> HostStatus:
         """Every namespace (or one, if it was named), every profile (or one), and what is not as it was applied."""
         ledger = self._open(create=False)
-        only = None if self.netns is None else self.system.host.find_netns(self.netns).identity
 
         def is_wanted(owner: Owner) -> bool:
-            return wanted in ("", owner.profile) and only in (None, owner.netns.identity)
+            return self._is_asked_for(owner, wanted)
 
+        # The table of connections is long, and several profiles may share it.
+        connections = functools.cache(self._connections)
         return HostStatus(
-            profiles=tuple(self._profile_status(ledger, a) for a in ledger.applied() if is_wanted(a.owner)),
+            profiles=tuple(
+                self._profile_status(ledger, applied, connections)
+                for applied in ledger.applied()
+                if is_wanted(applied.owner)
+            ),
             unknown=tuple(filter(is_wanted, Observer(self.system, ledger).strays())),
             unsettled=() if ledger.is_locked() else tuple(f"{u.command} of {u.owner}" for u in ledger.unsettled()),
             working=ledger.is_locked(),
         )
 
-    def _profile_status(self, ledger: Ledger, applied: Applied) -> ProfileStatus:
+    def _is_asked_for(self, owner: Owner, wanted: str) -> bool:
+        only = None if self.netns is None else self.system.host.find_netns(self.netns).identity
+        return wanted in ("", owner.profile) and only in (None, owner.netns.identity)
+
+    def _profile_status(
+        self, ledger: Ledger, applied: Applied, connections: Callable[[Netns], Mapping[str, int] | None]
+    ) -> ProfileStatus:
         owner = applied.owner
         try:
             if not Observer(self.system, ledger).is_there(owner.netns):
@@ -331,7 +360,14 @@ class App:
             observed, plan = self._plan(ledger, owner, applied.target)
         except OrchError as error:
             return lost_profile(applied, str(error))
-        return profile_status(applied, observed, plan, self.system)
+        return profile_status(applied, observed, plan, self.system, connections(owner.netns))
+
+    def _connections(self, netns: Netns) -> Mapping[str, int] | None:
+        """Live connections by helper name; None where the kernel did not list them."""
+        try:
+            return self.system.host.connections(netns)
+        except OrchError:
+            return None
 
     # -- shared -------------------------------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ Describe = Callable[[str], Description | None]
 there is none. Raises OrchError if there is one and it cannot be used."""
 
 _NATIVE_ONLY = ("label", "inspect", "guard", "process")
-_PROCESS_NAMES = ("conntrackd", "runner")
+_PROCESS_NAMES = ("conntrackd", "supervisor")
 """Taken in the runtime directory of a profile, where a native helper has NAME.log and more."""
 
 

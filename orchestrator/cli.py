@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from orchestrator import __version__, complete
-from orchestrator.commands import completion
+from orchestrator.commands import completion, doctor, events, explain, exporter, status, verify
+from orchestrator.commands import run as runs
 from orchestrator.errors import Interrupted, OrchError, ProfileError, RollbackError, UsageError
 from orchestrator.session import (
     DEFAULT_STATE,
-    AppliedArgument,
     Colour,
     ColourOption,
     ExitCode,
@@ -248,25 +248,8 @@ def _what_to_remove(profile: str, templates: Path | None) -> tuple[str, Desired 
         ) from error
 
 
-@cli.command(epilog="orch status; orch status ftp --json")
-def status(
-    profile: AppliedArgument = "",
-    netns: NetnsOption = None,
-    state_dir: StateOption = DEFAULT_STATE,
-    is_json: JsonOption = False,
-    colour: ColourOption = Colour.AUTO,
-    verbose: VerboseOption = 0,
-    is_quiet: QuietOption = False,
-) -> ExitCode:
-    """Show every applied profile: helpers, processes, queues, expectations, and what is not as it was applied."""
-    from orchestrator.views import human, machine
-
-    session = new_session("status", is_json, colour, verbose, is_quiet)
-    seen = make_app(session, netns=netns, state_dir=state_dir).status(profile)
-    is_right = not (seen.unknown or seen.unsettled or any(p.drift for p in seen.profiles))
-    code = ExitCode.OK if is_right else ExitCode.DIFFERS
-    text = human.status_text(seen, session.paint(sys.stdout), profile)
-    return session.result(code, text, status=machine.status_value(seen))
+cli.command(epilog="orch status; orch status ftp --watch --interval 5")(status.status)
+cli.command(epilog="orch events; orch events ftp --json --count 10")(events.events)
 
 
 @cli.command(epilog="orch helpers --json")
@@ -278,10 +261,11 @@ def helpers(
 ) -> ExitCode:
     """List the helpers that orch knows, and which of their engines this host can run."""
     from orchestrator.kernel.host import KernelHost
+    from orchestrator.supervise.describe import installed
     from orchestrator.views import helpers as view
 
     session = new_session("helpers", is_json, colour, verbose, is_quiet)
-    rows = view.rows(KernelHost())
+    rows = view.rows(KernelHost(), installed(session.warn))
     return session.result(ExitCode.OK, view.text(rows), helpers=view.value(rows))
 
 
@@ -353,6 +337,11 @@ def replay(
     return code
 
 
+cli.command(epilog="orch doctor; orch doctor --probe -v")(doctor.doctor)
+cli.command(epilog="orch explain 10.0.0.2 192.0.2.1:21; orch explain [fd00::2]:40000 [fd00::1]:69 udp")(explain.explain)
+cli.command(epilog="orch exporter; orch exporter --textfile /var/lib/node_exporter/orch.prom")(exporter.exporter)
+cli.command(epilog="orch run profiles/ftp.yaml --netns blue")(runs.run)
+cli.command(epilog="orch verify profiles/ftp.yaml")(verify.verify)
 cli.command(epilog="orch completion bash > /etc/bash_completion.d/orch")(completion.completion)
 
 

@@ -6,14 +6,15 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.model import HelperKey, L3Proto, L4Proto, Policy, ProcessSpec, Registration, Status
+from orchestrator.model import HelperKey, L3Proto, L4Proto, Policy, ProcessSpec, Registration, Restart, Status
 
 if TYPE_CHECKING:
     from orchestrator.engine.settings import Settings
 
 _REGISTRATION_KEYS = {"name", "l3proto", "l4proto", "queue_num", "status", "priv_data_len", "policies"}
 _POLICY_KEYS = {"name", "expect_max", "expect_timeout_s"}
-_PROCESS_KEYS = {"name", "argv", "files", "queues", "keys", "ready_within_s"}
+_PROCESS_KEYS = {"name", "argv", "files", "queues", "keys", "enables", "ready_within_s"}
+_PROCESS_KEYS |= {"restart", "restart_limit", "restart_window_s"}
 
 # An nft token: comment, quoted string, block limits, or a word.
 _NFT_TOKEN = re.compile(r'#[^\n]*|"[^"\n]*"|[{};\n]|[^\s{};"#]+|.', re.DOTALL)
@@ -147,7 +148,11 @@ def _process(item: object, place: str) -> ProcessSpec:
             files=_texts(fields, "files"),
             queues=tuple(_int({"queue": q}, "queue") for q in _list(fields["queues"], "queues")),
             keys=tuple(HelperKey.parse(k) for k in _texts(fields, "keys")),
+            enables=tuple(HelperKey.parse(k) for k in _texts(fields, "enables")),
             ready_within_s=_int(fields, "ready_within_s"),
+            restart=Restart(fields["restart"]),
+            restart_limit=_int(fields, "restart_limit"),
+            restart_window_s=_int(fields, "restart_window_s"),
         )
 
 

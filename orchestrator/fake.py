@@ -24,9 +24,33 @@ from orchestrator.model import (
     Rules,
     Status,
 )
-from orchestrator.ports import Launch, ProcessSeen, System
+from orchestrator.ports import (
+    HelperRule,
+    Launch,
+    Lifetimes,
+    LiveConnection,
+    LiveExpectation,
+    Machine,
+    ProcessSeen,
+    Route,
+    Supervised,
+    System,
+)
 
 HOST = Netns("host", "", "0:1")
+MACHINE = Machine(
+    release="6.1.0-fake",
+    python=(3, 11),
+    has_net_admin=True,
+    is_initial_userns=True,
+    modules_dir=True,
+    is_loading_allowed=True,
+    libnftables="1.0.6",
+    programs=dict.fromkeys(("iptables", "conntrackd", "modprobe"), "fake 1"),
+    has_seccomp=True,
+    lsm=(),
+    has_systemd=True,
+)
 
 _OBJECT = re.compile(r'type "([^"]+)" protocol (tcp|udp);?\s*l3proto (ip6?)')
 _TARGET = re.compile(r"-p (tcp|udp)\b.*--helper (\S+)")
@@ -46,6 +70,12 @@ class FakeNetns:
     connections: dict[str, int] = field(default_factory=dict)
     dropping_filters: tuple[str, ...] = ()
     foreign_queues: tuple[str, ...] = ()
+    foreign_rules: tuple[HelperRule, ...] = ()
+    flowtables: tuple[str, ...] = ()
+    sysctls: dict[str, str] = field(default_factory=dict)
+    routes: dict[str, Route] = field(default_factory=dict)
+    live_connections: list[tuple[L4Proto, LiveConnection]] = field(default_factory=list)
+    live_expectations: list[LiveExpectation] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -54,11 +84,14 @@ class FakeKernel:
 
     `fail_at(n, errno)` makes the n-th modifying call (from 0) fail; `calls` is the log of them.
     `gone` are namespaces whose name was deleted. `programs` are those installed; `deaf_programs` start but never bind
-    a queue; `dying_programs` end at once. `counters` and `last_words` are what processes say, by name.
+    a queue; `dying_programs` end at once. `counters` and `last_words` are what processes say, by name,
+    `supervised` and `lifetimes` what supervisors say, by profile and namespace.
     """
 
     delete_ignores_references: bool = False
     release: str = "6.1.0-fake"
+    machine: Machine = MACHINE
+    probe_answers: dict[str, str] = field(default_factory=dict)
     has_cthelper: bool = True
     registrations: dict[HelperKey, Registration] = field(default_factory=dict)
     namespaces: dict[str, FakeNetns] = field(default_factory=dict)
@@ -71,6 +104,8 @@ class FakeKernel:
     running_processes: dict[int, tuple[ProcessSeen, Launch]] = field(default_factory=dict)
     counters: dict[str, Snapshot] = field(default_factory=dict)
     last_words: dict[str, str] = field(default_factory=dict)
+    supervised: dict[tuple[str, str], tuple[Supervised, ...]] = field(default_factory=dict)
+    lifetimes: dict[tuple[str, str], dict[str, Lifetimes]] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
     now: float = 0.0
     _fail: dict[int, int] = field(default_factory=dict)
@@ -90,10 +125,13 @@ class FakeKernel:
         return netns
 
     def at(self, netns: Netns) -> FakeNetns:
-        return next(n for n in self._spaces() if n.netns.identity == netns.identity)
+        found = next((n for n in self._spaces() if n.netns.identity == netns.identity), None)
+        if found is None:
+            raise PreflightError(f"there is no network namespace {netns}")
+        return found
 
     def kill(self, pid: int, *, watched: bool = True) -> None:
-        """The process dies: its queues go, and its watcher, if there is one, disables its registrations."""
+        """The process dies: its queues go, and its supervisor, if there is one, disables its registrations."""
         seen, launch = self.running_processes[pid]
         for queue in launch.spec.queues:
             self.at(launch.netns).queues.pop(queue, None)
@@ -102,7 +140,7 @@ class FakeKernel:
             self.disable(launch)
 
     def disable(self, launch: Launch) -> None:
-        """What a watcher does when its process dies, even before that was ready."""
+        """What a supervisor does when its process dies, even before that was ready."""
         for key in launch.spec.keys:
             if key in self.registrations:
                 self.registrations[key] = replace(self.registrations[key], status=Status.DISABLED)
@@ -320,6 +358,47 @@ class FakeHost:
     def foreign_queues(self, netns: Netns) -> tuple[str, ...]:
         return self.kernel.at(netns).foreign_queues
 
+    def probe(self) -> Mapping[str, str]:
+        return self.kernel.probe_answers
+
+    def machine(self) -> Machine:
+        return self.kernel.machine
+
+    def sysctl(self, netns: Netns, name: str) -> str:
+        return self.kernel.at(netns).sysctls.get(name, "")
+
+    def flowtables(self, netns: Netns) -> tuple[str, ...]:
+        return self.kernel.at(netns).flowtables
+
+    def helper_rules(self, netns: Netns) -> tuple[HelperRule, ...]:
+        space = self.kernel.at(netns)
+        own = (
+            HelperRule(
+                f"{backend} orch-{profile}",
+                k.name,
+                (k.l3proto,),
+                k.l4proto,
+                backend,
+                (("prerouting", -150),),
+                is_ours=True,
+            )
+            for (backend, profile), rules in space.rules.items()
+            if (backend, profile) not in space.flushed
+            for k in sorted(references(rules))
+        )
+        return (*own, *space.foreign_rules)
+
+    def route(self, netns: Netns, address: str) -> Route:
+        return self.kernel.at(netns).routes.get(address, Route(is_local=False, interface="lan0"))
+
+    def live_connections(self, netns: Netns, l3proto: L3Proto, l4proto: L4Proto) -> tuple[LiveConnection, ...]:
+        found = (c for transport, c in self.kernel.at(netns).live_connections if transport is l4proto)
+        return tuple(c for c in found if (":" in c.ends.saddr) == (l3proto is L3Proto.IP6))
+
+    def live_expectations(self, netns: Netns, l3proto: L3Proto) -> tuple[LiveExpectation, ...]:
+        found = self.kernel.at(netns).live_expectations
+        return tuple(e for e in found if (":" in e.ends.saddr) == (l3proto is L3Proto.IP6))
+
 
 @dataclass(frozen=True, slots=True)
 class FakeProcesses:
@@ -362,6 +441,12 @@ class FakeProcesses:
 
     def counters(self, profile: str, netns: Netns, name: str) -> Snapshot | None:
         return self.kernel.counters.get(name)
+
+    def supervised(self, profile: str, netns: Netns) -> tuple[Supervised, ...]:
+        return self.kernel.supervised.get((profile, netns.identity), ())
+
+    def lifetimes(self, profile: str, netns: Netns) -> Mapping[str, Lifetimes]:
+        return self.kernel.lifetimes.get((profile, netns.identity), {})
 
     def last_words(self, profile: str, netns: Netns, name: str) -> str:
         return self.kernel.last_words.get(name, "")

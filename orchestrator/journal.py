@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
@@ -81,7 +82,7 @@ class Ledger:
 
     def applied(self) -> tuple[Applied, ...]:
         rows = self._db.execute("SELECT value FROM applied ORDER BY netns, profile").fetchall()
-        return tuple(from_json(Applied, value) for (value,) in rows)
+        return tuple(_decode_applied(value) for (value,) in rows)
 
     def owners(self) -> tuple[Owner, ...]:
         """Who has something applied; cheaper than `applied` as nothing large is decoded."""
@@ -233,6 +234,13 @@ class Ledger:
                 return not _try_lock(handle.fileno())
         except FileNotFoundError:
             return False
+
+
+@functools.lru_cache(maxsize=1024)
+def _decode_applied(text: str) -> Applied:
+    """Decoded again only when it changed: an exporter reads the same large texts at every scrape."""
+    applied: Applied = from_json(Applied, text)
+    return applied
 
 
 def _try_lock(descriptor: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import fields
 
 from orchestrator.model import Document, Netns, ProcessSpec
 from orchestrator.ports import Launch
@@ -12,7 +13,7 @@ from orchestrator.ports import Launch
 def launches(
     profile: str, netns: Netns, processes: tuple[ProcessSpec, ...], documents: tuple[Document, ...]
 ) -> tuple[Launch, ...]:
-    """One Launch per process; its digest changes with its command line, its queues, its keys and its files."""
+    """One Launch per process; its digest changes with all that it says, files included."""
     texts = {document.name: document.text for document in documents}
     return tuple(
         Launch(profile, netns, spec, files, _digest(spec, files))
@@ -22,5 +23,6 @@ def launches(
 
 
 def _digest(spec: ProcessSpec, files: dict[str, str]) -> str:
-    text = json.dumps([spec.argv, spec.queues, [str(key) for key in spec.keys], sorted(files.items())])
+    said = [sorted(files.items()), *(getattr(spec, field.name) for field in fields(spec))]
+    text = json.dumps(said, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import StrEnum
+from hashlib import sha256
 
 NAME_MAX_BYTES = 15
 POLICIES_MAX = 4
@@ -71,6 +72,13 @@ class Queueing(StrEnum):
 
     RULES = "rules"
     REGISTRATION = "registration"
+
+
+class Restart(StrEnum):
+    """Whether a helper process is started again when it has ended and nobody wanted that."""
+
+    ON_FAILURE = "on-failure"
+    NEVER = "never"
 
 
 class Inspect(StrEnum):
@@ -247,15 +255,17 @@ class NativeHelper:
     """What a native helper process is told, rendered as `helper-NAME.toml`.
 
     `use` is what the profile calls it: one of our helpers or an installed one. `file` is the absolute path of the
-    user's own, and `sha256` what it contained when it was described (both empty otherwise). `names` are its
-    registrations' names, `queues` the numbers it binds, the first failing open; in mode rules the second does not.
-    `label` is None in mode registration. `user` is whom it runs as. `inspect` says which payloads come.
+    user's own, and `source` what it contained when it was described (both empty otherwise): the document
+    `helper-NAME.py`, which is what runs, whatever becomes of the file. `names` are its registrations' names, `queues`
+    the numbers it binds, the first failing open; in mode rules the second does not. `label` is None in mode
+    registration. `user` is whom it runs as, empty for a user of its own, `memory_bytes` what it may have of memory.
+    `inspect` says which payloads come.
     """
 
     name: str
     use: str
     file: str
-    sha256: str
+    source: str
     queueing: Queueing
     inspect: Inspect
     names: tuple[str, ...]
@@ -263,6 +273,12 @@ class NativeHelper:
     label: int | None
     bounds: Bounds
     user: str
+    memory_bytes: int
+
+    @property
+    def sha256(self) -> str:
+        """Of `source`, empty without a file."""
+        return sha256(self.source.encode()).hexdigest() if self.file else ""
 
 
 HELPER_PROGRAM = "orch-helper"
@@ -273,7 +289,9 @@ HELPER_PROGRAM = "orch-helper"
 class ProcessSpec:
     """A helper process: `argv` runs in the runtime directory of the profile, next to `files` (documents by name).
 
-    It is ready when all `queues` are bound in its namespace. `keys` are the registrations to disable when it dies.
+    It is ready when all `queues` are bound in its namespace. `keys` are the registrations to disable when it dies, and
+    `enables` those of them to enable when it is ready again. It is started again `restart_limit` times at most within
+    `restart_window_s`.
     """
 
     name: str
@@ -281,7 +299,11 @@ class ProcessSpec:
     files: tuple[str, ...]
     queues: tuple[int, ...]
     keys: tuple[HelperKey, ...]
+    enables: tuple[HelperKey, ...] = ()
     ready_within_s: int = 30
+    restart: Restart = Restart.ON_FAILURE
+    restart_limit: int = 10
+    restart_window_s: int = 600
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,6 +359,7 @@ class Desired:
     warnings: tuple[str, ...] = ()
     rule_queues: tuple[RuleQueue, ...] = ()
     natives: tuple[NativeHelper, ...] = ()
+    families: tuple[L3Proto, ...] = tuple(L3Proto)
 
     @property
     def attachments(self) -> tuple[Attachment, ...]:

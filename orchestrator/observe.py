@@ -123,7 +123,7 @@ class Observer:
         for process in self.system.processes.running():
             path = f"/proc/{process.pid}/ns/net"
             netns = named.get(process.netns) or Netns(path, path, process.netns)
-            if (process.profile, process.netns) not in recorded:
+            if process.pid and (process.profile, process.netns) not in recorded:
                 found.setdefault((process.profile, process.netns), Owner(process.profile, netns))
         return tuple(found.values())
 

@@ -113,7 +113,7 @@ def plan_teardown(observed: Observed, owner: Owner, mine: tuple[Registration, ..
     changes = (
         *(Change(Action.DELETE, Scope.RULES, rules_name(rules), "") for rules in before),
         *(Change(Action.DELETE, Scope.HOST, str(r.key), "") for r in retire),
-        *(Change(Action.DELETE, Scope.PROCESS, p.name, f"pid {p.pid}") for p in observed.processes),
+        *(Change(Action.DELETE, Scope.PROCESS, p.name, p.place) for p in observed.processes),
     )
     return Plan(
         profile=owner.profile,
@@ -211,7 +211,7 @@ def _keep(
 ) -> list[Step]:
     """The registrations of processes that are stopped or started, as they are then; none if no process is touched.
 
-    An engine writes into its stock ones; the watcher of one that fails to start disables all, shared ones too.
+    An engine writes into its stock ones; the supervisor of one that fails to start disables all, shared ones too.
     """
     targets = [target, *([observed.applied.target] if observed.applied else [])]
     keys = {key for t in targets for spec in t.processes if spec.name in names for key in spec.keys}

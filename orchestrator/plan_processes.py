@@ -1,4 +1,4 @@
-"""What happens to each helper process: started, restarted, stopped, or given a new watcher."""
+"""What happens to each helper process: started, restarted, stopped, or given a new supervisor."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def plan_processes(launches: tuple[Launch, ...], observed: Observed) -> ProcessP
         elif not seen.watched:
             watch.append((launch, seen))
             changes.append(
-                Change(Action.UPDATE, Scope.PROCESS, launch.spec.name, "watch again", reason="its watcher is gone")
+                Change(Action.UPDATE, Scope.PROCESS, launch.spec.name, "watch again", reason="its supervisor is gone")
             )
     surplus = tuple(running.values())
-    changes += [Change(Action.DELETE, Scope.PROCESS, seen.name, f"pid {seen.pid}") for seen in surplus]
+    changes += [Change(Action.DELETE, Scope.PROCESS, seen.name, seen.place) for seen in surplus]
     needed = {queue for launch in start for queue in launch.spec.queues}
     in_the_way = tuple(seen for seen in surplus if needed & held_queues(observed, (seen,)))
     freed = held_queues(observed, (*restart, *surplus))

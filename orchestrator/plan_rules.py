@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from orchestrator.model import HelperKey, Listing, RuleQueue, Rules, Target
+from orchestrator import catalogue
+from orchestrator.model import Engine, HelperKey, L4Proto, Listing, RuleQueue, Rules, Target
 from orchestrator.overlap import first_overlap
 from orchestrator.state import Action, Change, Observed, Owner, Refusal, Scope, rules_name
 
@@ -91,7 +92,7 @@ def refuse_modules(target: Target, observed: Observed) -> list[Refusal]:
     refusals = [
         Refusal(
             f"kernel module {name} does not exist on this host",
-            hint="install the kernel's modules, or use engine: conntrackd",
+            hint="install the kernel's modules" + _or_engine(name),
         )
         for name in target.modules
         if name not in observed.modules and name not in observed.loadable
@@ -102,13 +103,23 @@ def refuse_modules(target: Target, observed: Observed) -> list[Refusal]:
     refusals += [
         Refusal(
             f"cannot use the in-kernel helper {key}: a user-space helper of that name is registered",
-            hint="tear the profile down that registered it (orch status), or use engine: conntrackd here too",
+            hint="tear the profile down that registered it (orch status)" + _or_engine((key.l4proto, key.name)),
             where="the helper registry is host-wide",
         )
         for key in in_kernel
         if (key.name, key.l4proto) in live
     ]
     return refusals
+
+
+def _or_engine(kernels: str | tuple[L4Proto, str]) -> str:
+    """Which engine does what a module or a helper of the kernel does, as the end of a hint; empty if none does."""
+    for entry in catalogue.helpers().values():
+        kernel = entry.engine(Engine.KERNEL)
+        if kernel is not None and kernels in (*kernel.modules, *kernel.names):
+            others = (e.engine for e in entry.engines if e is not kernel and not e.broken)
+            return next((f", or use engine: {engine}" for engine in others), "")
+    return ""
 
 
 def refuse_neighbours(target: Target, observed: Observed) -> list[Refusal]:

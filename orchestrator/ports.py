@@ -4,10 +4,96 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Protocol
 
 from orchestrator.engine.counters import Snapshot
-from orchestrator.model import Backend, HelperKey, Listing, Netns, ProcessSpec, QueueRow, Registration, Rules
+from orchestrator.model import (
+    Backend,
+    HelperKey,
+    L3Proto,
+    L4Proto,
+    Listing,
+    Netns,
+    ProcessSpec,
+    QueueRow,
+    Registration,
+    Rules,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a host has: `programs` and `libnftables` are versions, empty where missing; `modules_dir` is of this kernel.
+
+    `is_initial_userns`: whether root here is root of the host. `lsm` are the active security modules.
+    """
+
+    release: str
+    python: tuple[int, int]
+    has_net_admin: bool
+    is_initial_userns: bool
+    modules_dir: bool
+    is_loading_allowed: bool
+    libnftables: str
+    programs: Mapping[str, str]
+    has_seccomp: bool
+    lsm: tuple[str, ...]
+    has_systemd: bool
+
+
+@dataclass(frozen=True, slots=True)
+class HelperRule:
+    """A rule, whoever wrote it, that attaches a helper; `place` is its table and chain.
+
+    `hooks` are those from which it is reached, each with its priority. `is_late`: it sees no connection that is new.
+    """
+
+    place: str
+    helper: str
+    families: tuple[L3Proto, ...]
+    l4proto: L4Proto
+    backend: Backend
+    hooks: tuple[tuple[str, int], ...]
+    is_ours: bool
+    is_late: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What the kernel's routing says of an address: whether it is of this host, and the interface that leads there."""
+
+    is_local: bool
+    interface: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """The two ends of a connection, as its first packet has them; addresses as text, port 0 is any."""
+
+    saddr: str
+    sport: int
+    daddr: str
+    dport: int
+
+
+@dataclass(frozen=True, slots=True)
+class LiveConnection:
+    """An entry of the connection table, with the name of its helper, or none."""
+
+    ends: Ends
+    helper: str
+
+
+@dataclass(frozen=True, slots=True)
+class LiveExpectation:
+    """What the kernel expects now, because of the connection `master`, for another `timeout_s`."""
+
+    master: Ends
+    l4proto: L4Proto
+    ends: Ends
+    helper: str
+    timeout_s: int
 
 
 class Registry(Protocol):
@@ -58,7 +144,10 @@ class RuleBackend(Protocol):
 
 
 class Host(Protocol):
-    """Everything else that is looked at: modules, queues, namespaces, connections. Nothing here changes anything."""
+    """Everything else that is looked at: modules, queues, namespaces, connections. Nothing here changes anything.
+
+    Only `probe` may load modules.
+    """
 
     def kernel_release(self) -> str: ...
     def loaded_modules(self, names: tuple[str, ...]) -> frozenset[str]:
@@ -97,10 +186,34 @@ class Host(Protocol):
     def foreign_queues(self, netns: Netns) -> tuple[str, ...]:
         """Base chains, not written by orch, that lead to a queue before source NAT."""
 
+    def machine(self) -> Machine: ...
+    def probe(self) -> Mapping[str, str]:
+        """Ask the kernel for each module that is needed; the answer is empty if it is there. This may load modules."""
+
+    def sysctl(self, netns: Netns, name: str) -> str:
+        """A setting by its path below /proc/sys, as the namespace has it; empty if there is none of that name."""
+
+    def flowtables(self, netns: Netns) -> tuple[str, ...]:
+        """Family, table and name of flowtables; loads no kernel module."""
+
+    def helper_rules(self, netns: Netns) -> tuple[HelperRule, ...]:
+        """Every rule of the namespace that attaches a helper, whoever wrote it; loads no kernel module."""
+
+    def route(self, netns: Netns, address: str) -> Route:
+        """What the kernel's routing says of an address in the namespace."""
+
+    def live_connections(self, netns: Netns, l3proto: L3Proto, l4proto: L4Proto) -> tuple[LiveConnection, ...]:
+        """The connection table, of one family and protocol; empty, and nothing is loaded, without ctnetlink."""
+
+    def live_expectations(self, netns: Netns, l3proto: L3Proto) -> tuple[LiveExpectation, ...]:
+        """Everything that is expected now, of TCP and UDP; empty, and nothing is loaded, without ctnetlink."""
+
 
 @dataclass(frozen=True, slots=True)
 class ProcessSeen:
-    """A process of ours that runs now. `digest` identifies the documents it was started with; `since_s` is its age.
+    """A process of ours that runs now, or waits for its restart (`pid` 0).
+
+    `digest` identifies the documents it was started with; `since_s` is its age.
 
     `watched` is false when nobody is left who would disable its registrations should it die. Age does not compare.
     """
@@ -112,6 +225,49 @@ class ProcessSeen:
     digest: str
     since_s: float = field(compare=False)
     watched: bool
+
+    @property
+    def place(self) -> str:
+        return f"pid {self.pid}" if self.pid else "waits for its restart"
+
+
+class ProcessState(StrEnum):
+    """What a supervisor says of a process; the meanings are those of Supervisor (supervisord.org)."""
+
+    STARTING = "starting"
+    RUNNING = "running"
+    BACKOFF = "backoff"
+    STOPPING = "stopping"
+    FATAL = "fatal"
+
+
+@dataclass(frozen=True, slots=True)
+class Supervised:
+    """A process as its supervisor sees it: `restarts` since it was first started, `reason` for the last of them.
+
+    `since` is when it came into this state, in seconds of the wall clock. A supervisor that is gone says nothing.
+    """
+
+    name: str
+    state: ProcessState
+    pid: int
+    restarts: int
+    since: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lifetimes:
+    """How expectations of one helper ended, since its supervisor started to count.
+
+    `used` were opened by a connection, `expired` were not in time, `cancelled` went away with their master, made room
+    for another, or were deleted.
+    """
+
+    made: int = 0
+    used: int = 0
+    expired: int = 0
+    cancelled: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,13 +292,19 @@ class Processes(Protocol):
         """
 
     def stop(self, process: ProcessSeen) -> None:
-        """End the process and its watcher; returns when both are gone."""
+        """End the process; its supervisor does not start it again."""
 
     def watch(self, launch: Launch, process: ProcessSeen) -> None:
-        """Give a running process a new watcher."""
+        """Give a running process a new supervisor."""
 
     def counters(self, profile: str, netns: Netns, name: str) -> Snapshot | None:
         """What a native helper process counts, None if there is none of that name or it has not begun to count."""
+
+    def supervised(self, profile: str, netns: Netns) -> tuple[Supervised, ...]:
+        """What the supervisor of a profile says of its processes, sorted by name; empty if it is gone."""
+
+    def lifetimes(self, profile: str, netns: Netns) -> Mapping[str, Lifetimes]:
+        """How expectations ended, by helper name; empty if nobody counts."""
 
     def last_words(self, profile: str, netns: Netns, name: str) -> str:
         """How the process of that name ended last, or the last line it wrote; empty if unknown."""

@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from orchestrator import model
-from orchestrator.model import Backend, Engine, Inspect, L3Proto, L4Proto, Path, PortRange, Queueing
+from orchestrator.model import Backend, Engine, Inspect, L3Proto, L4Proto, Path, PortRange, Queueing, Restart
 
 MAX_TIMEOUT_S = 2_147_483
 """Longest expect_timeout: newer kernels compare expectation times as signed 32-bit jiffies, up to 1000 a second."""
@@ -37,6 +37,9 @@ class Destination(StrEnum):
 
 
 _RANGE = re.compile(r"([0-9]{1,5})(?: ?- ?([0-9]{1,5}))?")
+_SIZE = re.compile(r"([0-9]{1,7})([MG])")
+_UNIT_BYTES = {"M": 1 << 20, "G": 1 << 30}
+_MEMORY_MIN = "64M"
 _DURATION = re.compile(r"([0-9]{1,10})([smhd]?)")
 _UNIT_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _PREFIX = re.compile(r"[0-9A-Fa-f.:]+(/[0-9]{1,3})?")
@@ -44,6 +47,8 @@ _NETNS_NAME = re.compile(r"[A-Za-z0-9_.@:+-]{1,255}")
 _USER = re.compile(r"[a-z_][a-z0-9_-]{0,30}")
 _NETNS_PATH = re.compile(r"/[!-~]{1,4000}")
 _QUEUE_MAX = 0xFFFF
+_RESTARTS_MAX = 1000
+_WINDOW_MAX_S = 86400
 _LABEL_MAX = model.LABEL_BITS - 1
 
 
@@ -169,11 +174,30 @@ def _prefix(value: object) -> Prefix:
     raise fault(f"{text} has bits set beyond its prefix length", f"write {loose}")
 
 
-def _duration(value: object) -> int:
+def _seconds(value: object) -> int:
     match = _DURATION.fullmatch(str(value)) if isinstance(value, int | str) and not isinstance(value, bool) else None
     if match is None:
         raise fault(f"{show(value)} is not a duration", "seconds, or a number with s, m, h or d: 300, 5m, 1h")
-    seconds = int(match[1]) * _UNIT_S[match[2]]
+    return int(match[1]) * _UNIT_S[match[2]]
+
+
+def _window(value: object) -> int:
+    seconds = _seconds(value)
+    if not 1 <= seconds <= _WINDOW_MAX_S:
+        raise fault(f"{show(value)} is out of range", "1s to 1d")
+    return seconds
+
+
+def _restart_limit(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise fault(f"{show(value)} is not a number of restarts", f"1 to {_RESTARTS_MAX}")
+    if not 1 <= value <= _RESTARTS_MAX:
+        raise fault(f"{value} restarts are out of range", f"1 to {_RESTARTS_MAX}, or restart: never")
+    return value
+
+
+def _duration(value: object) -> int:
+    seconds = _seconds(value)
     if not seconds:
         raise fault("the timeout is 0: expectations would be gone at once", "at least 1s")
     if seconds > MAX_TIMEOUT_S:
@@ -204,11 +228,27 @@ def _auto_or(what: str, most: int) -> Callable[[object], int | None]:
 
 def _user(value: object) -> str:
     text = _text(value)
+    if text == "own":
+        return ""
     if text == "root":
-        raise fault("a helper process does not run as root", "nobody, or a user made for it")
+        raise fault("a helper process does not run as root", "own, for a user of its own, or a user made for it")
     if _USER.fullmatch(text):
         return text
-    raise fault(f"{show(value)} is not the name of a user", "as in /etc/passwd; for example nobody")
+    raise fault(f"{show(value)} is not the name of a user", "own, or a name as in /etc/passwd")
+
+
+def _bytes(text: str) -> int:
+    match = _SIZE.fullmatch(text)
+    return int(match[1]) * _UNIT_BYTES[match[2]] if match else 0
+
+
+def _memory(value: object) -> int:
+    size = _bytes(value) if isinstance(value, str) else 0
+    if not size:
+        raise fault(f"{show(value)} is not an amount of memory", "a number with M or G: 128M")
+    if size < _bytes(_MEMORY_MIN):
+        raise fault(f"{show(value)} of memory is too little for Python", f"at least {_MEMORY_MIN}")
+    return size
 
 
 def _flag(value: object) -> bool:
@@ -232,6 +272,11 @@ def _at_most_four(value: object) -> object:
 
 def _schema(description: str, **schema: object) -> WithJsonSchema:
     return WithJsonSchema({**schema, "description": description})
+
+
+def _as_written(default: str) -> Any:
+    """A default as people would write it, which is also what the schema tells."""
+    return Field(default=default, validate_default=True)
 
 
 def _or_strict(schema: dict[str, Any]) -> None:
@@ -325,7 +370,29 @@ class GuardDoc(_Strict):
 
 
 class ProcessDoc(_Strict):
-    user: Annotated[str, PlainValidator(_user), _schema("Whom the helper process runs as", type="string")] = "nobody"
+    user: Annotated[
+        str,
+        PlainValidator(_user),
+        _schema("Whom the helper process runs as: own, or the name of a user", type="string"),
+    ] = _as_written("own")
+    memory: Annotated[
+        int,
+        PlainValidator(_memory),
+        _schema("What it may have of memory", type="string", pattern="^[0-9]+[MG]$"),
+    ] = _as_written("128M")
+    restart: Annotated[
+        Restart,
+        PlainValidator(_one_of(Restart)),
+        _schema("Is it started again when it ends", **_words(Restart)),
+    ] = _as_written(str(Restart.ON_FAILURE))
+    restart_limit: Annotated[
+        int,
+        PlainValidator(_restart_limit),
+        _schema("How often, at most", type="integer", minimum=1, maximum=_RESTARTS_MAX),
+    ] = 10
+    restart_window: Annotated[int, PlainValidator(_window), _schema("Within which time", **_DURATION_SCHEMA)] = (
+        _as_written("10m")
+    )
 
 
 class HelperDoc(_Strict):
@@ -367,7 +434,9 @@ class HelperDoc(_Strict):
         BeforeValidator(_guard),
         Field(description="strict, or what expectations may open, with engine: native", json_schema_extra=_or_strict),
     ] = GuardDoc()
-    process: Annotated[ProcessDoc, Field(description="The helper process, with engine: native")] = ProcessDoc()
+    process: Annotated[
+        ProcessDoc, Field(description="The helper process, with engine: native", default_factory=ProcessDoc)
+    ]
     policies: Annotated[
         dict[str, PolicyDoc], BeforeValidator(_at_most_four), Field(description="Limits, by name of the policy")
     ] = {}

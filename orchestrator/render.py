@@ -141,7 +141,7 @@ def target(desired: Desired, *, template_dir: pathlib.Path | None = None) -> Tar
     supervise = templates.document(SUPERVISE, view)
     rules = _rules(desired, templates, view)
     conntrackd = (templates.document(CONNTRACKD, view),) if view.conntrackd_types else ()
-    helpers = tuple(_helper(templates, view, native) for native in desired.natives)
+    helpers = tuple(document for native in desired.natives for document in _helper(templates, view, native))
     parsed = templates.parsed(registrations, parse_registrations)
     return Target(
         profile=desired.profile,
@@ -255,11 +255,14 @@ def _conntrackd_types(desired: Desired) -> tuple[ConntrackdType, ...]:
     return tuple(types[k] for k in sorted(types))
 
 
-def _helper(templates: _Templates, view: View, native: NativeHelper) -> Document:
-    """What the process of one native helper is told; it is read by that process alone, so here it is only checked."""
+def _helper(templates: _Templates, view: View, native: NativeHelper) -> tuple[Document, ...]:
+    """What the process of one native helper is told, and the code that it runs if that is the user's own.
+
+    Only that process reads what it is told, so here it is only checked.
+    """
     document = templates.document(f"helper-{native.name}.toml", view, template=HELPER, helper=native)
     templates.parsed(document, parse_helper, template=HELPER)
-    return document
+    return (document, Document(f"helper-{native.name}.py", native.source)) if native.file else (document,)
 
 
 def _rules(desired: Desired, templates: _Templates, view: View) -> Rules:

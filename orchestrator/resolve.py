@@ -244,10 +244,11 @@ def _desired(
         helpers=tuple(_helper(a, stock) for a in attached),
         registrations=tuple(own[key] for key in sorted(own)),
         stock=tuple(stock[key] for key in sorted(stock)),
-        processes=(*_conntrackd((*served, *stock.values())), *(_process(a, numbers) for a in natives)),
+        processes=(*_conntrackd(served, tuple(stock.values())), *(_process(a, numbers) for a in natives)),
         warnings=told,
         rule_queues=tuple(_rule_queue(a, numbers) for a in natives if a.choice.is_by_rules),
         natives=tuple(_native(a, numbers) for a in natives),
+        families=document.families,
     )
 
 
@@ -288,8 +289,12 @@ def _helper(attached: _Attached, stock: Mapping[HelperKey, Registration]) -> Hel
     )
 
 
-def _conntrackd(registrations: tuple[Registration, ...]) -> tuple[ProcessSpec, ...]:
-    """One conntrackd for all its helpers: it dispatches by queue number and opens its queues in one namespace."""
+def _conntrackd(served: tuple[Registration, ...], stock: tuple[Registration, ...]) -> tuple[ProcessSpec, ...]:
+    """One conntrackd for all its helpers: it dispatches by queue number and opens its queues in one namespace.
+
+    It enables its stock registrations whenever it starts, so they are among those to disable.
+    """
+    registrations = (*served, *stock)
     if not registrations:
         return ()
     return (
@@ -299,6 +304,7 @@ def _conntrackd(registrations: tuple[Registration, ...]) -> tuple[ProcessSpec, .
             files=("conntrackd.conf",),
             queues=tuple(sorted({r.queue_num for r in registrations})),
             keys=tuple(sorted(r.key for r in registrations)),
+            enables=tuple(sorted(r.key for r in served)),
         ),
     )
 
@@ -317,14 +323,19 @@ def _bound(attached: _Attached, numbers: _Numbers) -> tuple[int, ...]:
 
 def _process(attached: _Attached, numbers: _Numbers) -> ProcessSpec:
     """When rules queue, its registrations are disabled anyway: there is nothing to disable when it dies."""
-    label = attached.choice.label
-    file = f"helper-{label}.toml"
+    label, doc = attached.choice.label, attached.choice.doc.process
+    keys = () if attached.choice.is_by_rules else attached.keys
+    file, own = f"helper-{label}.toml", (f"helper-{label}.py",) if attached.choice.description.file else ()
     return ProcessSpec(
         name=label,
         argv=(HELPER_PROGRAM, file),
-        files=(file,),
+        files=(file, *own),
         queues=_bound(attached, numbers),
-        keys=() if attached.choice.is_by_rules else attached.keys,
+        keys=keys,
+        enables=keys,
+        restart=doc.restart,
+        restart_limit=doc.restart_limit,
+        restart_window_s=doc.restart_window,
     )
 
 
@@ -347,7 +358,7 @@ def _native(attached: _Attached, numbers: _Numbers) -> NativeHelper:
         name=choice.label,
         use=choice.entry.name,
         file=choice.description.file,
-        sha256=choice.description.sha256,
+        source=choice.description.source,
         queueing=choice.queueing,
         inspect=choice.doc.inspect or Inspect.PAYLOAD,
         names=(choice.name,),
@@ -355,6 +366,7 @@ def _native(attached: _Attached, numbers: _Numbers) -> NativeHelper:
         label=numbers.labels.get(choice.label),
         bounds=_loosened(choice.description.bounds, choice.doc.guard),
         user=choice.doc.process.user,
+        memory_bytes=choice.doc.process.memory,
     )
 
 

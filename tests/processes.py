@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 
 from orchestrator.kernel.clock import MonotonicClock
-from orchestrator.kernel.host import KernelHost
 from orchestrator.kernel.netns import entered
-from orchestrator.model import HELPER_PROGRAM, Netns, ProcessSpec
+from orchestrator.model import HELPER_PROGRAM, Netns, ProcessSpec, Restart
 from orchestrator.ports import Launch
 from orchestrator.supervise.launcher import LocalProcesses
+from orchestrator.supervise.traces import is_stopped
 
 PROFILE = "unit"
 NAME = "tftp"
@@ -27,7 +29,8 @@ inspect = "payload"
 names = ["tftp-us"]
 queues = [{QUEUE}]
 label = 70
-user = "nobody"
+user = ""
+memory_bytes = 134217728
 
 [bounds]
 ports = "1024-65535"
@@ -51,18 +54,18 @@ class Own(Helper):
 """
 
 
-def launch(netns: Netns, text: str = DOCUMENT, *, profile: str = PROFILE) -> Launch:
+def launch(netns: Netns, text: str = DOCUMENT, *, profile: str = PROFILE, source: str = "") -> Launch:
+    """A helper process that is told `text`, beside `source` if that is a helper of somebody's own."""
     document = f"helper-{NAME}.toml"
-    spec = ProcessSpec(NAME, (HELPER_PROGRAM, document), (document,), (QUEUE,), ())
-    return Launch(profile, netns, spec, {document: text}, "digest")
+    files = {document: text} | ({f"helper-{NAME}.py": source} if source else {})
+    spec = ProcessSpec(NAME, (HELPER_PROGRAM, document), tuple(files), (QUEUE,), (), restart=Restart.NEVER)
+    return Launch(profile, netns, spec, files, "digest")
 
 
-def own_file(directory: Path, source: str = OWN_HELPER) -> tuple[Path, str]:
-    """A helper file of somebody's own, and the document that names it."""
-    file = directory / "own.py"
-    file.write_text(source)
+def own_document(source: str = OWN_HELPER) -> str:
+    """The document of a helper of somebody's own."""
     digest = sha256(source.encode()).hexdigest()
-    return file, DOCUMENT.replace('file = ""', f'file = "{file}"').replace('sha256 = ""', f'sha256 = "{digest}"')
+    return DOCUMENT.replace('file = ""', 'file = "/own.py"').replace('sha256 = ""', f'sha256 = "{digest}"')
 
 
 @contextmanager
@@ -72,14 +75,29 @@ def local_processes(state_dir: Path) -> Iterator[LocalProcesses]:
         state_dir=state_dir,
         clock=MonotonicClock(),
         encode_disable=lambda _key: b"",
+        encode_enable=lambda _key: b"",
         entered=entered,
-        queues=KernelHost().queues,
     )
     try:
         yield processes
     finally:
         for process in processes.running():
             processes.stop(process)
+
+
+@contextmanager
+def unsupervised(processes: LocalProcesses, profile: str, netns: Netns) -> Iterator[None]:
+    """The supervisor of a profile sees nothing until the block ends: a process may be stopped for as long."""
+    pids = processes.supervisors(profile, netns.identity)
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    wait_for(processes, lambda: all(map(is_stopped, pids)))
+    try:
+        yield
+    finally:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
 
 
 def wait_for(processes: LocalProcesses, condition: Callable[[], bool], within_s: float = 30) -> None:

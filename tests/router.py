@@ -25,7 +25,7 @@ CONFIRMED, SEEN_REPLY, SNAT, DNAT = 8, 2, 16, 32
 
 _CTA_TUPLE_ORIG, _CTA_TUPLE_REPLY, _CTA_STATUS, _CTA_PROTOINFO, _CTA_HELP, _CTA_TIMEOUT = 1, 2, 3, 4, 5, 7
 _CTA_ID, _CTA_SEQ_ADJ_ORIG = 12, 15
-_NFQA_PACKET_HDR, _NFQA_PAYLOAD, _NFQA_CT, _NFQA_CT_INFO = 1, 10, 11, 12
+_NFQA_PACKET_HDR, _NFQA_TIMESTAMP, _NFQA_OUTDEV, _NFQA_PAYLOAD, _NFQA_CT, _NFQA_CT_INFO = 1, 4, 6, 10, 11, 12
 _NESTED = 0x8000
 
 
@@ -104,6 +104,7 @@ class Router:
     adjustments: dict[Direction, tuple[int, int, int]] = field(default_factory=dict)
     ct_id: int = 77
     is_labelled: bool = True
+    device: int = 2
     packets: int = 0
 
     def __post_init__(self) -> None:
@@ -139,6 +140,8 @@ class Router:
         protocol = 0x86DD if len(seen.src) == 16 else 0x0800
         body = (
             attribute(_NFQA_PACKET_HDR, struct.pack("!IHB", self.packets, protocol, 4))
+            + attribute(_NFQA_OUTDEV, struct.pack("!I", self.device))
+            + attribute(_NFQA_TIMESTAMP, struct.pack("!QQ", self.packets, 0))
             + attribute(_NFQA_CT | _NESTED, self._conntrack())
             + attribute(_NFQA_CT_INFO, struct.pack("!I", 3 if direction is Direction.REPLY else 0))
             + struct.pack("=HH", 4 + len(data), _NFQA_PAYLOAD)

@@ -35,7 +35,7 @@ class Protocol:
 class Description:
     """A helper as its class declares it. `private_len` are the bytes of private data that are its own.
 
-    `file` is the absolute path of a user's own and `sha256` of what it contained, both empty for any other.
+    `file` is the absolute path of a user's own and `source` what it contained, both empty for any other.
     """
 
     summary: str
@@ -47,7 +47,7 @@ class Description:
     bounds: Bounds
     triggers: tuple[bytes, ...]
     file: str = ""
-    sha256: str = ""
+    source: str = ""
 
 
 def parse(declared: object) -> Description:

@@ -30,7 +30,8 @@ class Counters:
     guard or a helper refused, `rewritten` payloads changed for NAT. `parse_errors` are messages of the kernel that
     could not be read, `truncated` those longer than the buffer, `exceptions` what a helper raised, `stale` verdicts for
     packets that were gone, `kernel_errors` other requests that the kernel refused. `overruns` are messages that the
-    socket buffer had no room for. `busy_ns` is the CPU time of serving, in nanoseconds.
+    socket buffer had no room for. `denied` are attempts of a helper at what it may not, such as to open a file.
+    `busy_ns` is the CPU time of serving, in nanoseconds.
     """
 
     packets: int = 0
@@ -44,6 +45,7 @@ class Counters:
     truncated: int = 0
     stale: int = 0
     kernel_errors: int = 0
+    denied: int = 0
     busy_ns: int = 0
 
 
@@ -51,7 +53,7 @@ NAMES = tuple(field.name for field in fields(Counters))
 _values = attrgetter(*NAMES)
 
 _MAGIC = b"orchstat"
-_VERSION = 1
+_VERSION = 2
 _SEQUENCE = Struct("=Q")
 _NOTE_LEN = 200
 _CONTENT = Struct(f"=8sIII4xQQ{len(NAMES)}Q{_NOTE_LEN}s")  # magic, version, pid, state, beats, beat_ns, counters, note
@@ -80,18 +82,15 @@ class Snapshot:
 class Page:
     """The writer's side. Change `counters` and call `beat`: that is what others see."""
 
-    __slots__ = ("_beats", "_memory", "_note", "_pid", "counters", "state")
+    __slots__ = ("_beats", "_descriptor", "_memory", "_note", "_pid", "counters", "state")
 
     def __init__(self, path: str) -> None:
         """Create the page; one of that name that another process still writes stays its own. Raises OSError."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)  # noqa: PTH108
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            os.ftruncate(descriptor, _PAGE_SIZE)
-            self._memory = mmap.mmap(descriptor, _PAGE_SIZE)
-        finally:
-            os.close(descriptor)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        os.posix_fallocate(self._descriptor, 0, _PAGE_SIZE)  # writing to memory without a disk behind it would kill us
+        self._memory = mmap.mmap(self._descriptor, _PAGE_SIZE)
         self._pid = os.getpid()
         self._beats = 0
         self._note = b""
@@ -102,6 +101,16 @@ class Page:
     def note(self, text: str) -> None:
         """What the next beat tells people; the end of a long text is lost."""
         self._note = text.encode(errors="replace")[:_NOTE_LEN]
+
+    def denied(self, what: str) -> None:
+        """Count an attempt of a helper at what it may not."""
+        self.counters.denied += 1
+        self.note(f"denied: {what}")
+
+    def touch(self) -> None:
+        """Wake whoever watches the page (inotify): from now on there is work. Writing to the memory tells nobody."""
+        with contextlib.suppress(OSError):
+            os.pwrite(self._descriptor, b"\0", _PAGE_SIZE - 1)
 
     def beat(self, now_ns: int = 0) -> None:
         """Write everything, at a time of the monotonic clock (0: now).

@@ -5,17 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import resource
-import signal
 import sys
 from typing import Any
 
 from orchestrator.engine import loading
 from orchestrator.engine.api import Helper
-
-_NOBODY = "nobody"
-_ANSWER_MAX = 1 << 20
-"""Bytes that the code may write into any file, the answer and what it prints included."""
 
 
 def declaration(helper: type[Helper]) -> dict[str, Any]:
@@ -32,20 +26,18 @@ def declaration(helper: type[Helper]) -> dict[str, Any]:
     }
 
 
-def main(kind: str, name: str) -> None:
+def main(kind: str, name: str, program: str) -> None:
     """Describe the helper in the `file` called `name`, its source on standard input, or the `installed` one.
 
-    The answer is `{"declared": ...}` or `{"error": ...}` on standard output, and nothing that the helper prints.
+    `program` is the filter of system calls for code that is loaded, in hexadecimal digits. The answer is
+    `{"declared": ...}` or `{"error": ...}` on standard output, and nothing that the helper prints.
     """
     from orchestrator.engine import privileges
 
     source = sys.stdin.buffer.read()
     with os.fdopen(os.dup(1), "w") as answer:
         os.dup2(2, 1)
-        if os.geteuid() == 0:
-            privileges.drop(privileges.find_user(_NOBODY), mask=0)
-        privileges.end_with_parent(signal.SIGKILL)  # the code may never come back
-        resource.setrlimit(resource.RLIMIT_FSIZE, (_ANSWER_MAX, _ANSWER_MAX))
+        privileges.confine_trial(bytes.fromhex(program))
         json.dump(_ask(kind, name, source), answer)
 
 

@@ -81,7 +81,10 @@ _STOPPED = Outcome(STOP)
 
 @dataclass(slots=True)
 class _Findings:
-    """What one packet leads to, gathered while its expectations are made. `expectation` goes with the verdict."""
+    """What one packet leads to, gathered while its expectations are made. `expectation` goes with the verdict.
+
+    `is_written` says that ctnetlink has the new private data already.
+    """
 
     expectation: Expectation | None = None
     after: list[bytes] = field(default_factory=list)
@@ -89,6 +92,7 @@ class _Findings:
     made: list[Expectation] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     is_finished: bool = False
+    is_written: bool = False
     error: BaseException | None = None
 
 
@@ -171,7 +175,7 @@ class Inspector:
         findings, own = self._ask(packet, segment, stream, messages, start, bytes(len(own)) if is_lost else own)
         if findings.is_finished:
             stream.finish()
-        if findings.edits and not self._adjusts(packet, segment, findings, again):
+        if findings.edits and not self._adjusts(packet, segment, findings, again, stream.pack() + own):
             findings.edits.clear()
             stream.forget()
         return self._outcome(packet, segment, plain.verdict, findings, private, stream.pack() + own, again)
@@ -431,7 +435,7 @@ class Inspector:
         if info is not None:
             self._remember(packet.ct_id, info)
         change = Change(
-            info=info,
+            info=None if findings.is_written else info,
             expectation=findings.expectation,
             clear_label=self.duty.label if findings.is_finished else None,
         )
@@ -453,11 +457,14 @@ class Inspector:
     def _remember(self, ct_id: int, info: bytes) -> None:
         _put(self.written, ct_id, info)
 
-    def _adjusts(self, packet: Packet, segment: Segment, findings: _Findings, again: list[Edit]) -> bool:
+    def _adjusts(
+        self, packet: Packet, segment: Segment, findings: _Findings, again: list[Edit], private: bytes
+    ) -> bool:
         """Make the kernel adjust the sequence numbers behind new edits of a TCP payload; False if it does not.
 
         It would do so by itself for a payload in a verdict with NFQA_CT, and finds the position by reading every packet
         as IPv4 (nf_conntrack_seqadj.c, nf_ct_tcp_seqadj_set; Linux 6.1 to 7.3): on IPv6 the connection is reset.
+        `private`, the new private data, goes in the same request, as the verdict then has no place for it.
         """
         growth = _growth(findings.edits)
         if len(packet.payload) + growth + _growth(again) > _PAYLOAD_MAX:
@@ -465,13 +472,17 @@ class Inspector:
             return False
         if not growth:
             return True
+        if packet.is_looped:  # a registration queues it twice, before and after its numbers are adjusted
+            findings.refused.append("it cannot be rewritten: on loopback a payload keeps its length")
+            return False
         key = packet.ct_id, packet.direction
         now = self._adjusted.get(key) or packet.sequence_adjustment(packet.direction)
         then = _adjustment(now, segment.seq, segment.seq + findings.edits[0][0], growth)
-        number = self._update(packet, sequence_adjustments={packet.direction: then})
+        number = self._update(packet, info=private, sequence_adjustments={packet.direction: then})
         if number:
             findings.refused.append(_by_kernel(number))
             return False
+        findings.is_written = True
         _put(self._adjusted, key, then)
         return True
 

@@ -5,6 +5,7 @@ Whatever is loaded here runs. A helper that is not ours is loaded only where the
 
 from __future__ import annotations
 
+import linecache  # what it knows it shows in tracebacks, and reads no file
 import sys
 from importlib import import_module
 from types import ModuleType
@@ -37,6 +38,7 @@ def from_source(source: bytes, file: str) -> type[Helper]:
     module = ModuleType(_FILE_MODULE)
     module.__file__ = file
     sys.modules[_FILE_MODULE] = module  # dataclasses look their module up
+    linecache.cache[file] = (len(source), None, source.decode(errors="replace").splitlines(keepends=True), file)
     try:
         exec(compile(source, file, "exec"), module.__dict__)
     except (Exception, SystemExit) as error:

@@ -5,6 +5,7 @@ Whatever happens to one packet, it gets a verdict and the next one is read.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -35,9 +36,11 @@ BATCH = 32
 _SLOT = 65536 + 4096  # the largest packet, and the attributes before it
 _PATIENCE_MAX = 16  # packets that are read one by one before the next look whether more wait
 _TELL_AFTER_NS = 10_000_000  # what was counted is told that often, and before anything that may take longer
+_IDLE_NS = 1_000_000_000  # who begins to work after that tells the supervisor, which has gone to sleep by then
 _TIMEVAL = Struct("@ll")
 _TRACEBACK_PLACES = 64
 _TRACEBACK_INTERVAL_NS = 1_000_000_000
+_STOP_STACK_LEN = 256 << 10
 _STOP = 0xFFFFFFFF  # sequence number; those of bindings are queue number + 1, those of verdicts 0
 
 
@@ -199,6 +202,8 @@ class Loop:
             self._tell()
         self._wait_at_most(0)
         message = self._slots.receive()
+        if monotonic_ns() >= self._tell_next_ns + _IDLE_NS:
+            self._page.touch()
         self._wait_at_most(_TELL_AFTER_NS)
         return message
 
@@ -292,8 +297,9 @@ class Loop:
 
     def _note(self, error: BaseException) -> None:
         self._counters.exceptions += 1
-        self._page.note(f"{type(error).__name__}: {error}")
-        self._tracebacks.print(error)
+        with contextlib.suppress(Exception):  # its text is code of a helper too, the disk may be full, memory short
+            self._page.note(f"{type(error).__name__}: {error}")
+            self._tracebacks.print(error)
 
 
 class _Tracebacks:
@@ -335,6 +341,7 @@ def stop_on(loop: Loop, signals: Iterable[signal.Signals]) -> None:
             signal.sigwait(awaited)
             loop.stop()
 
+    threading.stack_size(_STOP_STACK_LEN)
     threading.Thread(target=wait, name="stop", daemon=True).start()
 
 

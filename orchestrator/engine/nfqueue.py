@@ -27,7 +27,9 @@ _CONFIG = 3 << 8 | 2
 
 _NFQA_PACKET_HDR = 1
 _NFQA_VERDICT_HDR = 2
-_NFQA_TIMESTAMP = 8
+_NFQA_TIMESTAMP = 4
+_NFQA_IFINDEX_INDEV = 5
+_NFQA_IFINDEX_OUTDEV = 6
 _NFQA_PAYLOAD = 10
 _NFQA_CT = 11
 _NFQA_CT_INFO = 12
@@ -50,6 +52,7 @@ _NUMBER = struct.Struct(">I")
 _QUEUE_NUM = struct.Struct(">H")
 _PACKET_HEADER = struct.Struct(">IHB")
 _PORT_LEN = 2
+_LOOPBACK = 1  # in every namespace; source: loopback.c, loopback_net_init
 _NO_ADJUSTMENT = SequenceAdjustment(0, 0, 0)
 _LAYOUTS_MAX = 16
 _SEQUENCE_ADJUSTMENTS = {
@@ -65,6 +68,7 @@ class Places(NamedTuple):
     """
 
     packet_header: int
+    device: int
     ct_info: int
     ct: tuple[int, int]
     ct_id: int
@@ -83,6 +87,7 @@ class Packet(NamedTuple):
     a packet without connection; `ct_id` and `status` (IPS_* bits) are 0 then. `helper` is the name of the attached
     helper, empty if there is none, and `info` its private data as it was when the packet was queued. `payload` is the
     packet from its IP header on, without what exceeds 65531 bytes. `places` tell where all this was in its message.
+    `device` is the index of the interface that it leaves by, or came by if it does not leave.
     """
 
     packet_id: int
@@ -97,6 +102,12 @@ class Packet(NamedTuple):
     info: bytes
     payload: memoryview
     places: Places | None = None
+    device: int = 0
+
+    @property
+    def is_looped(self) -> bool:
+        """True between two ends on this host."""
+        return self.device == _LOOPBACK
 
     def flow(self) -> Flow:
         """Raises DecodeError for a connection that is neither TCP nor UDP, and for a packet without one."""
@@ -197,7 +208,8 @@ class Decoder:
                     continue
             except struct.error:
                 continue  # too short
-            queue_num, packet_id, protocol, hook, ct_id, status, info, ct_info = layout.fields.unpack_from(message)
+            values = layout.fields.unpack_from(message)
+            queue_num, packet_id, protocol, hook, device, ct_id, status, info, ct_info = values
             return Packet(
                 packet_id,
                 queue_num,
@@ -211,6 +223,7 @@ class Decoder:
                 info,
                 message[layout.payload],
                 layout.places,
+                device,
             )
         places = find_places(message)
         self._remember(message, places)
@@ -246,6 +259,7 @@ def find_places(message: memoryview) -> Places:
         raise DecodeError("packet without its header")
     return Places(
         packet_header=_place(top, _NFQA_PACKET_HDR, _PACKET_HEADER.size),
+        device=_place(top, _NFQA_IFINDEX_OUTDEV, _NUMBER.size) or _place(top, _NFQA_IFINDEX_INDEV, _NUMBER.size),
         ct_info=_place(top, _NFQA_CT_INFO, _NUMBER.size),
         ct=ct,
         ct_id=_place(inner, ctnetlink.CTA_ID, _NUMBER.size),
@@ -302,6 +316,7 @@ def _decode_at(message: memoryview, places: Places) -> Packet:
         bytes(message[slice(*places.info)]),
         message[places.payload :],
         places,
+        _number(message, places.device),
     )
 
 
@@ -314,10 +329,11 @@ def _helper_name(message: memoryview, places: Places) -> bytes:
 
 
 def _layout(message: memoryview, places: Places) -> _Layout | None:
-    """None for a packet without helper or payload, and for an order of attributes that no kernel has."""
+    """None for a packet without device, helper or payload, and for an order of attributes that no kernel has."""
     gaps = (
         places.packet_header - HEADER_LEN,
-        places.ct_id - places.packet_header - _PACKET_HEADER.size,
+        places.device - places.packet_header - _PACKET_HEADER.size,
+        places.ct_id - places.device - _NUMBER.size,
         places.status - places.ct_id - _NUMBER.size,
         places.info[0] - places.status - _NUMBER.size,
         places.ct_info - places.info[1],
@@ -330,7 +346,7 @@ def _layout(message: memoryview, places: Places) -> _Layout | None:
     return _Layout(
         headers=headers,
         expected=headers.unpack_from(message),
-        fields=struct.Struct(">18xH {}x IHB {}x I {}x I {}x {}s {}x I".format(*gaps[:4], info_len, gaps[4])),
+        fields=struct.Struct(">18xH {}x IHB {}x I {}x I {}x I {}x {}s {}x I".format(*gaps[:5], info_len, gaps[5])),
         ct=slice(*places.ct),
         helper=_helper_name(message, places),
         payload=slice(places.payload, None),

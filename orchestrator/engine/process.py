@@ -1,7 +1,7 @@
 """Entry point of a helper process: `python -I -S process.py helper-NAME.toml`, as root, in its network namespace.
 
-It opens what root must open, becomes a user with one capability, and only then runs what others wrote. It ends with 0
-after SIGTERM, and with 1 and one line on standard error otherwise.
+It opens what root must open, becomes a user with one capability, and only then runs what others wrote, with the system
+calls that are left. It ends with 0 after SIGTERM, and with 1 and one line on standard error otherwise.
 """
 
 from __future__ import annotations
@@ -12,17 +12,20 @@ import sys
 if __name__ == "__main__":  # -I and -S leave the standard library alone on the path; it stays first
     sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))  # noqa: PTH100, PTH120
 
+import contextlib
 import errno
+import faulthandler
 import signal
-import stat
+from typing import NoReturn
 
-from orchestrator.engine import loading, netlink, privileges
+from orchestrator.engine import attempts, loading, netlink, privileges, seccomp
 from orchestrator.engine.api import Helper
 from orchestrator.engine.counters import Page, State
 from orchestrator.engine.ctnetlink import Client
 from orchestrator.engine.inspector import Duty, Inspector
 from orchestrator.engine.lane import Lanes
 from orchestrator.engine.loop import RECEIVE_BUFFER, Answers, Loop, stop_on
+from orchestrator.engine.seccomp import LOADING_FILTER, SERVING_FILTER
 from orchestrator.engine.settings import Settings, parse
 
 QUEUE_LENGTH = 128
@@ -39,22 +42,30 @@ def main(document: str) -> int:
 
 
 def _serve(document: str) -> None:
+    faulthandler.enable()  # it crashes, or hangs and gets SIGABRT: its log says where
     with open(document, encoding="utf-8") as file:  # noqa: PTH123 (pathlib would be a tenth of the start-up time)
         settings = parse(file.read())
-    user = privileges.find_user(settings.user)
-    source = read_source(settings.file, settings.sha256) if settings.file else b""
+    user = _user(settings)
+    filters = {name: _read(name) for name in (LOADING_FILTER, SERVING_FILTER)}
+    own = f"{document.removesuffix('.toml')}.py"
+    source = _read_source(own, settings.sha256) if settings.file else b""
     helper = _own_helper(settings)
     page = Page(f"{settings.name}.stats")
     queue_socket = netlink.open_queue_socket(RECEIVE_BUFFER)
     answers = Answers(queue_socket, Client(netlink.open_control_socket()), page.counters)
     os.chdir("/")
     privileges.drop(user, mask=privileges.NET_ADMIN)
+    privileges.limit(settings.memory_bytes)
+    seccomp.load(filters[LOADING_FILTER])
     if helper is None:  # from here on code of others runs
         helper = loading.from_source(source, settings.file) if settings.file else loading.installed(settings.use)
     inspector = Inspector(_made(helper), _duty(settings), answers)
     lanes = Lanes(inspector, page.counters)
     loop = Loop(queue_socket, answers, inspector, page, accept_verdict=inspector.plain_verdict, shortcut=lanes)
     stop_on(loop, [signal.SIGTERM])
+    privileges.start_no_more()
+    seccomp.load(filters[SERVING_FILTER])
+    attempts.refuse(page.denied)
     for number in settings.queues:
         _bind(loop, number, is_fail_open=number == settings.queues[0])
     page.state = State.READY
@@ -62,6 +73,18 @@ def _serve(document: str) -> None:
     loop.run()
     page.state = State.STOPPING
     page.beat()
+
+
+def _user(settings: Settings) -> privileges.User:
+    """Whom to become; a user of its own depends on the runtime directory, which is where this process begins."""
+    if settings.user:
+        return privileges.find_user(settings.user)
+    return privileges.own_user(os.getcwd(), settings.name)  # noqa: PTH109
+
+
+def _read(file: str) -> bytes:
+    with open(file, "rb") as opened:  # noqa: PTH123
+        return opened.read()
 
 
 def _own_helper(settings: Settings) -> type[Helper] | None:
@@ -103,23 +126,34 @@ def _bind(loop: Loop, queue_num: int, *, is_fail_open: bool) -> None:
         raise OSError(f"cannot listen on queue {queue_num}: {reason}") from error
 
 
-def read_source(file: str, sha256: str) -> bytes:
-    """The code in a file of the user's own, exactly what orch described when the profile was applied.
+def _read_source(file: str, sha256: str) -> bytes:
+    """The code of a user's own helper, as orch described it: its copy lies beside the document.
 
-    Raises OSError, and ValueError if it has changed, or if somebody other than root could change it.
+    Raises OSError, and ValueError if it is another.
     """
     import hashlib
 
-    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    with os.fdopen(descriptor, "rb") as opened:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_uid != 0 or status.st_mode & 0o022:
-            raise ValueError(f"{file} must be a file of root that nobody else can write")
-        source = opened.read()
+    source = _read(file)
     if hashlib.sha256(source).hexdigest() != sha256:
-        raise ValueError(f"{file} is not what it was when the profile was applied: apply it again")
+        raise ValueError(f"{file} is not what was applied: apply the profile again")
     return source
 
 
+def _run(document: str) -> NoReturn:
+    """Serve, and end without the finalization of Python: what others left in it runs no more.
+
+    It also ends the thread that waits for signals, for which the C library loads a library: it is too late for that.
+    """
+    status = 1
+    try:
+        status = main(document)
+    except BaseException:  # noqa: BLE001 (it is told, and it is the end)
+        sys.excepthook(*sys.exc_info())
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a full disk loses what it said
+            stream.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    _run(sys.argv[1])

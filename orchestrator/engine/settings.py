@@ -21,11 +21,12 @@ _LABEL_BITS = 128
 class Settings:
     """One helper process.
 
-    `use` names one of our helpers or an installed one; `file` is the absolute path of the user's own and `sha256` what
-    it must contain, both empty otherwise. `names` are those of its registrations. It binds all `queues`; in queueing
-    `rules` the second, if there is one, has the connections whose sequence numbers were adjusted. `label` is the bit of
-    the connection label that queues a connection, None in queueing `registration`. `inspect` is `triggers` if only
-    payloads that begin with one are queued, else `payload`. `user` is whom it runs as.
+    `use` names one of our helpers or an installed one; `file` is where the user's own came from, an absolute path, and
+    `sha256` that of its copy beside the document, both empty otherwise. `names` are those of its registrations. It
+    binds all `queues`; in queueing `rules` the second, if there is one, has the connections whose sequence numbers were
+    adjusted. `label` is the bit of the connection label that queues a connection, None in queueing `registration`.
+    `inspect` is `triggers` if only payloads that begin with one are queued, else `payload`. `user` is whom it runs as,
+    empty for a user of its own. `memory_bytes` is what it may have of memory.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Settings:
     queues: tuple[int, ...]
     bounds: Bounds
     user: str
+    memory_bytes: int
     label: int | None = None
 
     @property
@@ -60,6 +62,7 @@ def parse(text: str) -> Settings:
         queues=_list(values, "queues", int),
         bounds=_bounds(_take(values, "bounds", dict)),
         user=_take(values, "user", str),
+        memory_bytes=_take(values, "memory_bytes", int),
         label=_take(values, "label", int) if "label" in values else None,
     )
     wrong = _fault(settings)
@@ -70,8 +73,10 @@ def parse(text: str) -> Settings:
 
 def _fault(settings: Settings) -> str:
     queues = settings.queues
-    if not (settings.name and settings.use and settings.user and all(settings.names)):
-        return "name, use, names and user must not be empty"
+    if not (settings.name and settings.use and all(settings.names)):
+        return "name, use and names must not be empty"
+    if settings.memory_bytes <= 0:
+        return f"memory_bytes: more than 0, not {settings.memory_bytes}"
     if settings.file and not settings.file.startswith("/"):
         return f"file: not an absolute path: {settings.file!r}"
     if bool(settings.file) != (_SHA256.fullmatch(settings.sha256) is not None):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from orchestrator.errors import DecodeError
@@ -120,11 +121,18 @@ def decode(data: bytes) -> Registration | ForeignRegistration:
             raise DecodeError(f"a message of {len(data)} bytes says it has {length}")
         if kind != NFNL_SUBSYS_CTHELPER << 8 | NFNL_MSG_CTHELPER_NEW:
             raise DecodeError(f"not a helper but a message of type {kind:#06x}")
-        message = cthelper_msg(data)
-        message.decode()
-        return _helper(message)
+        # Flags, sequence number and port id are those of the request, and of no matter.
+        return _decode_once(data[:6] + bytes(10) + data[16:])
     except (NetlinkDecodeError, struct.error) as error:
         raise DecodeError(f"not a helper: {error!r}") from error
+
+
+@lru_cache(maxsize=4096)
+def _decode_once(data: bytes) -> Registration | ForeignRegistration:
+    """Decoded again only when it changed: the whole registry is read for every plan and every scrape."""
+    message = cthelper_msg(data)
+    message.decode()
+    return _helper(message)
 
 
 def _new(registration: Registration, *, flags: int, sequence: int) -> bytes:

@@ -39,12 +39,12 @@ def queueing_chains(items: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
     leads: dict[str, set[str]] = {}
     for item in items:
         if "rule" in item:
-            leads.setdefault(item["rule"]["chain"], set()).update(_targets(item["rule"].get("expr", [])))
+            leads.setdefault(item["rule"]["chain"], set()).update(targets(item["rule"].get("expr", [])))
     chains = (item["chain"] for item in items if "chain" in item)
     return tuple(
         f"{c['family']} {c['table']} {c['name']}"
         for c in chains
-        if _is_before_srcnat(c) and _QUEUE in _reached(leads, c["name"])
+        if _is_before_srcnat(c) and _QUEUE in reached(leads, c["name"])
     )
 
 
@@ -57,7 +57,7 @@ def queueing_saved(text: str, label: str) -> tuple[str, ...]:
             leads.setdefault(chain, set()).update(
                 target for option, target in pairwise(words) if option in ("-j", "-g")
             )
-    return tuple(f"{label} {chain}" for chain in sorted(_LEGACY_HOOKS) if _QUEUE in _reached(leads, chain))
+    return tuple(f"{label} {chain}" for chain in sorted(_LEGACY_HOOKS) if _QUEUE in reached(leads, chain))
 
 
 def _in_nftables() -> Iterator[str]:
@@ -81,7 +81,7 @@ def _is_before_srcnat(chain: Mapping[str, Any]) -> bool:
     return hook in _HOOKS or (hook == "postrouting" and int(chain["prio"]) < _SRCNAT)
 
 
-def _reached(leads: Mapping[str, set[str]], start: str) -> set[str]:
+def reached(leads: Mapping[str, set[str]], start: str) -> set[str]:
     """All chains that a chain leads to, and `_QUEUE` if packets are queued on some way."""
     found = {start}
     waiting = [start]
@@ -92,11 +92,11 @@ def _reached(leads: Mapping[str, set[str]], start: str) -> set[str]:
     return found
 
 
-def _targets(value: object) -> Iterator[str]:
+def targets(value: object) -> Iterator[str]:
     """Where a rule sends packets: chains, and `_QUEUE`. iptables-nft writes its queues as targets of xtables."""
     if isinstance(value, list):
         for item in value:
-            yield from _targets(item)
+            yield from targets(item)
     elif isinstance(value, dict):
         for key, inner in value.items():
             if key in ("jump", "goto"):
@@ -104,4 +104,4 @@ def _targets(value: object) -> Iterator[str]:
             elif key == "queue" or (key == "xt" and isinstance(inner, dict) and inner.get("name") == _QUEUE):
                 yield _QUEUE
             else:
-                yield from _targets(inner)
+                yield from targets(inner)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from orchestrator.kernel import conntrack, modules
 from orchestrator.kernel.netns import entered, find, known
-from orchestrator.kernel.procfs import parse_queues
-from orchestrator.model import Backend, Netns, QueueRow
+from orchestrator.kernel.procfs import parse_queues, read_text
+from orchestrator.model import Backend, L3Proto, L4Proto, Netns, QueueRow
+from orchestrator.ports import HelperRule, LiveConnection, LiveExpectation, Machine, Route
 
 _QUEUE_FILE = Path("/proc/thread-self/net/netfilter/nfnetlink_queue")  # of this thread: it follows setns
 
@@ -70,3 +71,42 @@ class KernelHost:
         from orchestrator.kernel.foreign_queues import foreign_queues  # libnftables is loaded only for this question
 
         return foreign_queues(netns)
+
+    def probe(self) -> Mapping[str, str]:
+        from orchestrator.kernel.probing import probe
+
+        return probe()
+
+    def machine(self) -> Machine:
+        from orchestrator.kernel.machine import machine
+
+        return machine(self.program)
+
+    def sysctl(self, netns: Netns, name: str) -> str:
+        with entered(netns):
+            return read_text(f"/proc/sys/{name}")
+
+    def flowtables(self, netns: Netns) -> tuple[str, ...]:
+        from orchestrator.kernel.helper_rules import flowtables
+
+        return flowtables(netns)
+
+    def helper_rules(self, netns: Netns) -> tuple[HelperRule, ...]:
+        from orchestrator.kernel.helper_rules import helper_rules
+
+        return helper_rules(netns)
+
+    def route(self, netns: Netns, address: str) -> Route:
+        from orchestrator.kernel.routes import route
+
+        return route(netns, address)
+
+    def live_connections(self, netns: Netns, l3proto: L3Proto, l4proto: L4Proto) -> tuple[LiveConnection, ...]:
+        from orchestrator.kernel.live import live_connections
+
+        return live_connections(netns, l3proto, l4proto)
+
+    def live_expectations(self, netns: Netns, l3proto: L3Proto) -> tuple[LiveExpectation, ...]:
+        from orchestrator.kernel.live import live_expectations
+
+        return live_expectations(netns, l3proto)

@@ -71,8 +71,12 @@ def builtin_modules(directory: Path) -> frozenset[str]:
     return frozenset(Path(line).name.partition(".")[0].replace("-", "_") for line in lines)
 
 
+@lru_cache
 def _answers(subsystem: int) -> bool:
-    """True if a netfilter netlink subsystem is there; only for a kernel that cannot load it on being asked."""
+    """True if a netfilter netlink subsystem is there; only for a kernel that cannot load it on being asked.
+
+    Such an answer never changes, and a kernel that tries to load it all the same takes milliseconds to say no.
+    """
     try:
         with closing(exchange(dump_request(subsystem=subsystem, command=_GET))) as messages:
             next(messages, None)

@@ -71,6 +71,17 @@ def entered(netns: Netns) -> Iterator[None]:
         os.close(there)
 
 
+def enter(netns: Netns) -> None:
+    """Move this thread into a namespace, to stay there. Raises PreflightError as `entered` does."""
+    if netns.identity == _own_identity():
+        return
+    there = _open(netns)
+    try:
+        _enter(there, netns)
+    finally:
+        os.close(there)
+
+
 @contextmanager
 def scratch() -> Iterator[None]:
     """Run a block in a namespace made for it, which nobody else sees and which ends with it (and its sockets)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from pathlib import Path
 
 from orchestrator.errors import DecodeError
 from orchestrator.model import QueueRow
@@ -33,6 +34,14 @@ def parse_expectations(text: str) -> dict[str, int]:
     """
     names = (_expectation_helper(line) for line in _lines(text))
     return dict(Counter(name for name in names if name))
+
+
+def read_text(path: str) -> str:
+    """What a file says, without blanks around it; empty if it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
 
 
 def _lines(text: str) -> list[str]:

@@ -14,6 +14,7 @@ from typing import BinaryIO
 from orchestrator.errors import HelperProcessError, OrchError
 from orchestrator.replay import report
 from orchestrator.replay.report import Failure, PacketReport, Request, Summary
+from orchestrator.supervise import filters
 
 _PROGRAM = "import sys; sys.path[:] = {path!r}; from orchestrator.replay.worker import main; main(*sys.argv[1:])"
 _WITHOUT_SOURCE = -1
@@ -32,6 +33,7 @@ def run(request: Request, capture: str) -> Generator[PacketReport | Summary, Non
             [
                 *(sys.executable, "-I", "-c", _PROGRAM.format(path=[entry for entry in sys.path if entry])),
                 *(json.dumps(dataclasses.asdict(request)), str(_WITHOUT_SOURCE if source is None else source)),
+                filters.loading().hex(),
             ],
             stdin=stream,
             stdout=subprocess.PIPE,

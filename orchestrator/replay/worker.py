@@ -27,15 +27,17 @@ from orchestrator.replay.connections import Connection, Connections, Router, end
 from orchestrator.replay.kernel import NAME, Kernel
 from orchestrator.replay.report import Expected, Failure, Line, PacketReport, Request, Summary
 
-_NOBODY = "nobody"
 _LABEL = 0  # any bit: that it would be cleared tells that the helper is done with a connection
 _ADDRESS_LEN = {"ip": 4, "ip6": 16}
 _LINE_MAX = 200
 _HINT = "orch helpers lists ours, of engine native; the path of a file of your own has a / in it"
 
 
-def main(request: str, source_fd: str) -> None:
-    """Replay what `request` says; `source_fd` is the open file of a helper of the user's own, negative without one."""
+def main(request: str, source_fd: str, program: str) -> None:
+    """Replay what `request` says; `source_fd` is the open file of a helper of the user's own, negative without one.
+
+    `program` is the filter of system calls for code that is loaded, in hexadecimal digits.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # `orch` gets it too, and ends this process
     asked = report.decode_request(request)
     source = b""
@@ -45,9 +47,8 @@ def main(request: str, source_fd: str) -> None:
     with os.fdopen(os.dup(1), "w") as answer:
         os.dup2(2, 1)  # what a helper prints is no part of the answer
         if os.geteuid() == 0:
-            _ours(asked)  # which nobody could not read in a home of root's
-            privileges.drop(privileges.find_user(_NOBODY), mask=0)
-        privileges.end_with_parent(signal.SIGKILL)  # a helper may never come back
+            _ours(asked)  # which another user could not read in a home of root's
+        privileges.confine_trial(bytes.fromhex(program))
         for line in replay(asked, source, sys.stdin.buffer):
             answer.write(report.encode(line) + "\n")
 

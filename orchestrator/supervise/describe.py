@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import select
@@ -10,13 +9,17 @@ import signal
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
+from orchestrator import catalogue
+from orchestrator.catalogue import CatalogueEntry
 from orchestrator.catalogue.description import Description, parse
 from orchestrator.engine.loading import ENTRY_POINTS
 from orchestrator.errors import OrchError
+from orchestrator.supervise import filters
 
 WITHIN_S = 10.0
 """How long the code of a helper may take to be loaded."""
@@ -40,12 +43,33 @@ def describe(use: str, *, within_s: float = WITHIN_S) -> Description | None:
     return _parsed(_ask("installed", use, b"", within_s))
 
 
+def installed(warn: Callable[[str], None]) -> tuple[CatalogueEntry, ...]:
+    """What installed packages offer, but for names that the catalogue has; one that cannot be used is warned of."""
+    from importlib.metadata import entry_points
+
+    found = []
+    for use in sorted(entry_points(group=ENTRY_POINTS).names - catalogue.helpers().keys()):
+        try:
+            description = describe(use)
+        except OrchError as error:
+            warn(f"{_printable(use)}: {error.what}")
+            continue
+        if description is not None:
+            found.append(catalogue.described(_printable(use), description))
+    return tuple(found)
+
+
 def _describe_file(file: Path, within_s: float) -> Description:
     if not str(file).isprintable():
         raise OrchError(f"its path has a character that cannot be printed: {str(file)!r}")
     source = _read(file)
+    try:
+        text = source.decode()
+    except UnicodeDecodeError as error:
+        line = source.count(b"\n", 0, error.start) + 1
+        raise OrchError(f"line {line} is not UTF-8", where=str(file), hint="save the file as UTF-8") from error
     described = _parsed(_ask("file", str(file), source, within_s))
-    return replace(described, file=str(file), sha256=hashlib.sha256(source).hexdigest())
+    return replace(described, file=str(file), source=text)
 
 
 def _read(file: Path) -> bytes:
@@ -79,7 +103,7 @@ def _ask(kind: str, name: str, source: bytes, within_s: float) -> object:
     """
     with _memory(source) as asked, _memory() as answer, _memory() as said:
         with subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _BEGIN, str(_PACKAGE_PARENT), kind, name],
+            [sys.executable, "-I", "-S", "-c", _BEGIN, str(_PACKAGE_PARENT), kind, name, filters.loading().hex()],
             stdin=asked,
             stdout=answer,
             stderr=said,

@@ -1,4 +1,4 @@
-"""Start, find and stop helper processes; they are found by a mark in their environment, never by a pid file."""
+"""Start, find and stop helper processes by way of their supervisor; all are found by a mark in their environment."""
 
 from __future__ import annotations
 
@@ -11,23 +11,27 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from orchestrator.engine import counters
-from orchestrator.engine.counters import Snapshot, State
+from orchestrator.engine.counters import Snapshot
 from orchestrator.errors import HelperProcessError, PreflightError
-from orchestrator.model import HELPER_PROGRAM, HelperKey, Netns, QueueRow
-from orchestrator.ports import Clock, Launch, ProcessSeen
-from orchestrator.supervise import runner
+from orchestrator.model import HELPER_PROGRAM, HelperKey, Netns, ProcessSpec, Restart
+from orchestrator.ports import Clock, Launch, Lifetimes, ProcessSeen, ProcessState, Supervised
+from orchestrator.supervise import control, filters, logs, order, supervisor, traces
+from orchestrator.supervise.control import SilentError
+from orchestrator.supervise.deafness import Marks, key_name
+from orchestrator.supervise.lifecycle import STOP_WITHIN_S
+from orchestrator.supervise.order import Order
 
 _PROCESS_MARK = "ORCH_PROCESS"
-_RUNNER_MARK = "ORCH_RUNNER"
-_POLL_S = 0.02
-_GRACE_S = runner.STOP_WITHIN_S * 2 + 2
+_TAKEN_WITHIN_S = 5.0
+_DONE_WITHIN_S = 3 * STOP_WITHIN_S + 5.0
+_CONFINE_SCRIPT = Path(__file__).parents[1] / "engine" / "confine.py"
 _HELPER_SCRIPT = Path(__file__).parents[1] / "engine" / "process.py"
 _SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -38,8 +42,8 @@ class _Mark:
 
     state_dir: str
     profile: str
-    name: str
-    digest: str
+    name: str = ""
+    digest: str = ""
 
     def __str__(self) -> str:
         return "\x1f".join((self.state_dir, self.profile, self.name, self.digest))
@@ -50,58 +54,87 @@ class _Mark:
         return cls(*parts) if len(parts) == 4 else None
 
 
+def supervisor_mark(state_dir: Path, profile: str) -> str:
+    """The value of supervisor.MARK in the environment of a supervisor."""
+    return str(_Mark(str(state_dir), profile))
+
+
 @dataclass(frozen=True, slots=True)
 class LocalProcesses:
-    """Processes of this host. `encode_disable` makes the netlink message that a watcher sends when its process dies;
-    `entered` runs code in a namespace; `queues` lists the bound queues of one.
+    """Processes of this host. `encode_disable` and `encode_enable` make the netlink messages that a supervisor sends
+    when a process ends and when its successor is ready; `entered` runs code in a namespace.
     """
 
     state_dir: Path
     clock: Clock
     encode_disable: Callable[[HelperKey], bytes]
+    encode_enable: Callable[[HelperKey], bytes]
     entered: Callable[[Netns], AbstractContextManager[None]]
-    queues: Callable[[Netns], tuple[QueueRow, ...]]
 
     def runtime_dir(self, profile: str, netns: Netns) -> Path:
-        return self.state_dir / f"{profile}@{netns.identity.replace(':', '-')}"
+        return self._directory(profile, netns.identity)
 
     def running(self) -> tuple[ProcessSeen, ...]:
         marked = [(pid, kind, mark) for pid, kind, mark in _scan() if mark.state_dir == str(self.state_dir)]
-        watchers = {(_netns_of(pid), mark.profile, mark.name) for pid, kind, mark in marked if kind == _RUNNER_MARK}
+        supervised = {
+            (netns, mark.profile): self._told(mark.profile, netns, pid)
+            for pid, kind, mark in marked
+            if kind == supervisor.MARK and (netns := _netns_of(pid)) and not traces.is_stopped(pid)
+        }
         seen = []
         for pid, kind, mark in marked:
             netns = _netns_of(pid)
             if kind == _PROCESS_MARK and netns:
-                watched = (netns, mark.profile, mark.name) in watchers
+                told = supervised.get((netns, mark.profile), {}).get(mark.name, {})
+                watched = told.get("pid") == pid
                 seen.append(ProcessSeen(mark.profile, netns, mark.name, pid, mark.digest, _age_s(pid), watched))
+        for (netns, profile), told in supervised.items():
+            waiting = [name for name, one in told.items() if one["state"] == ProcessState.BACKOFF]
+            marks = (self._ordered(profile, netns, name) for name in waiting)
+            seen += [ProcessSeen(profile, netns, mark.name, 0, mark.digest, 0, watched=True) for mark in marks if mark]
         return tuple(sorted(seen, key=lambda p: (p.netns, p.profile, p.name, p.pid)))
 
     def start(self, launch: Launch) -> int:
-        directory = self.runtime_dir(launch.profile, launch.netns)
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory = self._prepare(launch)
         for name, text in launch.files.items():
-            (directory / name).write_text(text)
+            (directory / name).write_bytes(text.encode())
+        if launch.spec.argv[0] == HELPER_PROGRAM:
+            filters.write(directory)
         name = launch.spec.name
-        # conntrackd leaves the first two behind when it is killed, and then refuses to start.
-        for leftover in ("conntrackd.lock", "conntrackd.ctl", f"{name}.exit", f"{name}.stats"):
-            (directory / leftover).unlink(missing_ok=True)
+        (directory / f"{name}.exit").unlink(missing_ok=True)
+        log = directory / logs.file_name(name)
         with contextlib.suppress(FileNotFoundError):  # what it says from now on is its own, not its predecessor's
-            (directory / f"{name}.log").replace(directory / f"{name}.log.old")
-        pid = self._spawn_runner(launch, argv=_command(launch.spec.argv), adopt=0)
-        self._wait_ready(launch, pid)
-        return pid
+            log.replace(f"{log}.old")
+        within_s = launch.spec.ready_within_s + _DONE_WITHIN_S
+        answer = self._ask(launch.profile, launch.netns, {"do": "start", "name": name}, within_s=within_s)
+        if "pid" in answer:
+            return int(answer["pid"])
+        words = _tail(log, 3)
+        self._ask(launch.profile, launch.netns, {"do": "stop", "name": name})
+        raise HelperProcessError(
+            f"{name} does not start: {answer.get('error')}",
+            where=f"netns {launch.netns}; log {log}",
+            hint="its last words: " + words if words else "",
+        )
 
     def watch(self, launch: Launch, process: ProcessSeen) -> None:
-        self.runtime_dir(launch.profile, launch.netns).mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._spawn_runner(launch, argv=list(launch.spec.argv), adopt=process.pid)
+        self._prepare(launch)
+        request = {"do": "adopt", "name": launch.spec.name, "pid": process.pid}
+        answer = self._ask(launch.profile, launch.netns, request)
+        if "pid" not in answer:
+            raise HelperProcessError(f"cannot look after {process.name}: {answer.get('error')}")
 
     def stop(self, process: ProcessSeen) -> None:
-        for pid, kind, mark in _scan():
-            same = (mark.profile, mark.name, mark.state_dir) == (process.profile, process.name, str(self.state_dir))
-            if kind == _RUNNER_MARK and same and _netns_of(pid) == process.netns:
-                _signal_and_wait(pid, signal.SIGUSR1, _GRACE_S)
+        if self.supervisors(process.profile, process.netns):
+            directory = self._directory(process.profile, process.netns)
+            try:
+                _ask(directory, {"do": "stop", "name": process.name})
+            except SilentError:
+                self._end_supervisors(process.profile, process.netns)
+        if not _is_alive(process.pid):
+            return
         for number in (signal.SIGTERM, signal.SIGKILL):
-            if _signal_and_wait(process.pid, number, runner.STOP_WITHIN_S):
+            if _signal_and_wait(process.pid, number, STOP_WITHIN_S):
                 return
         raise HelperProcessError(f"{process.name} (pid {process.pid}) does not end, not even by SIGKILL")
 
@@ -111,126 +144,210 @@ class LocalProcesses:
         except (OSError, ValueError):
             return None
 
+    def supervised(self, profile: str, netns: Netns) -> tuple[Supervised, ...]:
+        told = self._report(profile, netns).get("processes", {})
+        return tuple(
+            Supervised(
+                name=name,
+                state=ProcessState(one["state"]),
+                pid=one["pid"],
+                restarts=one["restarts"],
+                since=one["since"],
+                reason=one["reason"],
+            )
+            for name, one in sorted(told.items())
+        )
+
+    def lifetimes(self, profile: str, netns: Netns) -> Mapping[str, Lifetimes]:
+        told = self._report(profile, netns).get("lifetimes", {})
+        return {helper: Lifetimes(**counts) for helper, counts in told.items()}
+
     def last_words(self, profile: str, netns: Netns, name: str) -> str:
         directory = self.runtime_dir(profile, netns)
         try:
             record = json.loads((directory / f"{name}.exit").read_text())
         except (OSError, ValueError):
-            return _tail(directory / f"{name}.log", 1)
-        return f"pid {record['pid']} {_say_status(record['status'])} at {_say_time(record['time'])}"
+            return _tail(directory / logs.file_name(name), 1)
+        return f"pid {record['pid']} {record['how']} at {_say_time(record['time'])}"
 
     def cleanup(self, profile: str, netns: Netns) -> None:
+        directory = self.runtime_dir(profile, netns)
+        is_kept = False
+        if there := self.supervisors(profile, netns.identity):
+            with contextlib.suppress(SilentError):
+                is_kept = bool(_ask(directory, {"do": "end"}).get("kept"))
+            for pid in [] if is_kept else there:
+                _signal_and_wait(pid, signal.SIGKILL, STOP_WITHIN_S)
+        Marks(str(self.state_dir), directory.name).clear_all()
+        if is_kept:  # a service: it is there for the next apply
+            self._empty(directory)
+            return
         with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(self.runtime_dir(profile, netns))
+            shutil.rmtree(directory)
 
-    def _spawn_runner(self, launch: Launch, *, argv: list[str], adopt: int) -> int:
-        spec = launch.spec
-        directory = self.runtime_dir(launch.profile, launch.netns)
-        mark = str(_Mark(str(self.state_dir), launch.profile, spec.name, launch.digest))
-        order = {
-            "name": spec.name,
-            "argv": argv,
-            "cwd": str(directory),
-            "env": {"PATH": _SEARCH_PATH, "LANG": "C", _PROCESS_MARK: mark},
-            "log": str(directory / f"{spec.name}.log"),
-            "disable": [self.encode_disable(key).hex() for key in spec.keys],
-            "adopt": adopt,
-        }
-        with self.entered(launch.netns), (directory / "runner.log").open("ab") as log:
+    def take_over(self, profile: str, netns: Netns) -> Path:
+        """The runtime directory, for a supervisor in the foreground; that in the background goes, its processes stay.
+
+        Raises PreflightError if there is one in the foreground already.
+        """
+        report = self._report(profile, netns)
+        if report.get("service"):
+            raise PreflightError(f"profile {profile} is a service already: pid {report['pid']}", where=f"netns {netns}")
+        self._end_supervisors(profile, netns.identity)
+        directory = self.runtime_dir(profile, netns)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return directory
+
+    # -- supervisors --------------------------------------------------------------------------------------------------
+
+    def _ask(
+        self, profile: str, netns: Netns, request: Mapping[str, Any], *, within_s: float = _DONE_WITHIN_S
+    ) -> dict[str, Any]:
+        """The answer of the supervisor. One that is not there is started, one that does not answer replaced."""
+        directory = self.runtime_dir(profile, netns)
+        try:
+            return _ask(directory, request, within_s)
+        except SilentError:
+            self._end_supervisors(profile, netns.identity)
+            self._start_supervisor(profile, netns)
+        try:
+            return _ask(directory, request, within_s)
+        except SilentError as error:
+            words = _tail(directory / supervisor.OWN_LOG, 1)
+            raise HelperProcessError(f"{error}{': ' if words else ''}{words}", where=f"netns {netns}") from error
+
+    def _start_supervisor(self, profile: str, netns: Netns) -> None:
+        directory = self.runtime_dir(profile, netns)
+        with (
+            control.listen(str(directory)) as listener,
+            (directory / supervisor.OWN_LOG).open("ab") as log,
+            self.entered(netns),
+        ):
             process = subprocess.Popen(
-                [sys.executable, "-I", "-S", runner.__file__],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
+                [sys.executable, "-I", "-S", supervisor.__file__, str(directory), str(self.state_dir)],
+                stdin=listener.fileno(),
+                stdout=log,
                 stderr=log,
                 cwd="/",
-                env={"LANG": "C", _RUNNER_MARK: mark},
+                env={"LANG": "C.UTF-8", supervisor.MARK: supervisor_mark(self.state_dir, profile)},
                 start_new_session=True,
             )
-        answer = _converse(process, json.dumps(order).encode())
-        if "pid" not in answer:
-            reason = answer.get("error", "its watcher ended at once")
-            raise HelperProcessError(f"cannot start {spec.name}: {reason}", where=f"netns {launch.netns}")
-        return int(answer["pid"])
+        process.returncode = 0  # it is meant to outlive us: no warning about a child that was not reaped
 
-    def _says_ready(self, launch: Launch) -> bool:
-        if launch.spec.argv[0] != HELPER_PROGRAM:
-            return True
-        seen = self.counters(launch.profile, launch.netns, launch.spec.name)
-        return seen is not None and seen.state is State.READY
+    def _end_supervisors(self, profile: str, netns: str) -> None:
+        for pid in self.supervisors(profile, netns):
+            _signal_and_wait(pid, signal.SIGKILL, STOP_WITHIN_S)
 
-    def _wait_ready(self, launch: Launch, pid: int) -> None:
-        """Return once every queue is bound *and* configured, and a native helper says so; else end it and say why."""
-        deadline = self.clock.monotonic() + launch.spec.ready_within_s
-        log = self.runtime_dir(launch.profile, launch.netns) / f"{launch.spec.name}.log"
-        while True:
-            ready = {row.queue_num for row in self.queues(launch.netns) if row.is_ready}
-            missing = sorted(set(launch.spec.queues) - ready)
-            if not missing and self._says_ready(launch) and _is_alive(pid):
-                return
-            dead = not _is_alive(pid)
-            if dead or self.clock.monotonic() >= deadline:
-                break
-            self.clock.sleep(_POLL_S)
-        words = _tail(log, 3)
-        self.stop(
-            ProcessSeen(launch.profile, launch.netns.identity, launch.spec.name, pid, launch.digest, 0, watched=True)
+    def supervisors(self, profile: str, netns: str) -> list[int]:
+        """Their pids: one, or none; two where somebody removed the directory of the first."""
+        wanted = _Mark(str(self.state_dir), profile)
+        return [p for p, kind, mark in _scan() if kind == supervisor.MARK and mark == wanted and _netns_of(p) == netns]
+
+    def _report(self, profile: str, netns: Netns) -> dict[str, Any]:
+        """supervisor.json, if who wrote it is still there."""
+        try:
+            report: dict[str, Any] = json.loads((self.runtime_dir(profile, netns) / supervisor.STATE_FILE).read_text())
+            marks = dict(_marks_of(report["pid"]))
+        except (OSError, ValueError, LookupError):
+            return {}
+        return report if marks.get(supervisor.MARK) == _Mark(str(self.state_dir), profile) else {}
+
+    def _told(self, profile: str, netns: str, pid: int) -> dict[str, dict[str, Any]]:
+        """What the supervisor with a pid says of its processes."""
+        try:
+            report = json.loads((self._directory(profile, netns) / supervisor.STATE_FILE).read_text())
+            return dict(report["processes"]) if report["pid"] == pid else {}
+        except (OSError, ValueError, LookupError):
+            return {}
+
+    def _ordered(self, profile: str, netns: str, name: str) -> _Mark | None:
+        """The mark that a process has when it is started; None if it was stopped meanwhile."""
+        try:
+            order_of = json.loads((self._directory(profile, netns) / order.file_name(name)).read_text())
+            return _Mark.parse(order_of["env"][_PROCESS_MARK])
+        except (OSError, ValueError, LookupError):
+            return None
+
+    def _directory(self, profile: str, netns: str) -> Path:
+        return self.state_dir / f"{profile}@{netns.replace(':', '-')}"
+
+    def _empty(self, directory: Path) -> None:
+        for entry in directory.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)  # what confine.py made
+            elif not entry.name.startswith("supervisor."):
+                entry.unlink()
+
+    def _prepare(self, launch: Launch) -> Path:
+        """The runtime directory, with the order for a process in it."""
+        directory = self.runtime_dir(launch.profile, launch.netns)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (directory / order.file_name(launch.spec.name)).write_bytes(self._order(launch).encode())
+        return directory
+
+    def _order(self, launch: Launch) -> Order:
+        spec = launch.spec
+        mark = _Mark(str(self.state_dir), launch.profile, spec.name, launch.digest)
+        return Order(
+            name=spec.name,
+            argv=_command(spec),
+            env={"PATH": _SEARCH_PATH, "LANG": "C", _PROCESS_MARK: str(mark)},
+            queues=list(spec.queues),
+            has_page=spec.argv[0] == HELPER_PROGRAM,
+            keys=[key_name(key) for key in spec.keys],
+            disable=[self.encode_disable(key).hex() for key in spec.keys],
+            keep_disabled=[self.encode_disable(key).hex() for key in spec.keys if key not in spec.enables],
+            enable={key_name(key): self.encode_enable(key).hex() for key in spec.enables},
+            is_restarted=spec.restart is Restart.ON_FAILURE,
+            restart_limit=spec.restart_limit,
+            restart_window_s=spec.restart_window_s,
+            ready_within_s=spec.ready_within_s,
         )
-        queues = ", ".join(map(str, missing)) or "its queues"
-        raise HelperProcessError(
-            f"{launch.spec.name} {'ended at once' if dead else 'runs, but does not listen on queue ' + queues}",
-            where=f"netns {launch.netns}; log {log}",
-            hint="its last words: " + words if words else "",
-        )
 
 
-def _command(argv: tuple[str, ...]) -> list[str]:
+def _ask(directory: Path, request: Mapping[str, Any], within_s: float = _DONE_WITHIN_S) -> dict[str, Any]:
+    return control.ask(str(directory), request, taken_within_s=_TAKEN_WITHIN_S, done_within_s=within_s)
+
+
+def _command(spec: ProcessSpec) -> list[str]:
     """What is executed for the command line of a process. Raises PreflightError if its program is not installed."""
-    if argv[0] == HELPER_PROGRAM:
-        return [sys.executable, "-I", "-S", str(_HELPER_SCRIPT), *argv[1:]]
-    program = shutil.which(argv[0], path=_SEARCH_PATH)
-    if program is None:
-        raise PreflightError(f"{argv[0]} is not installed", hint="install it, or use engine: kernel")
-    return [program, *argv[1:]]
-
-
-def _converse(process: subprocess.Popen[bytes], order: bytes) -> dict[str, Any]:
-    """Give the runner its order and read its one line; the runner itself stays and is not waited for."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    with process.stdin, process.stdout:
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(order)
-            process.stdin.close()
-        line = process.stdout.readline()
-    process.returncode = 0  # it is meant to outlive us: no warning about a child that was not reaped
-    try:
-        answer: dict[str, Any] = json.loads(line)
-    except ValueError:
-        return {}
-    return answer
+    program, *arguments = spec.argv
+    if program == HELPER_PROGRAM:
+        return [sys.executable, "-I", "-S", str(_HELPER_SCRIPT), *arguments]
+    found = shutil.which(program, path=_SEARCH_PATH)
+    if found is None:
+        raise PreflightError(f"{program} is not installed", hint="install it, or use engine: kernel")
+    return [sys.executable, "-I", "-S", str(_CONFINE_SCRIPT), spec.name, found, *arguments]
 
 
 def _scan() -> Iterator[tuple[int, str, _Mark]]:
     """Every live process that carries one of our marks: (pid, which mark, mark)."""
     for entry in os.listdir("/proc"):  # noqa: PTH208 (a Path per process is slow where thousands run)
-        if not entry.isdigit():
-            continue
-        try:
-            with open(f"/proc/{entry}/environ", "rb") as file:  # noqa: PTH123
-                environ = file.read()
-        except OSError:
-            continue
-        if b"ORCH_" not in environ:
-            continue
-        for kind in (_PROCESS_MARK, _RUNNER_MARK):
-            for variable in environ.split(b"\0"):
-                name, _, value = variable.partition(b"=")
-                mark = _Mark.parse(value.decode(errors="replace")) if name == kind.encode() else None
-                if mark is not None:
-                    yield int(entry), kind, mark
+        if entry.isdigit():
+            for kind, mark in _marks_of(int(entry)):
+                yield int(entry), kind, mark
+
+
+def _marks_of(pid: int) -> list[tuple[str, _Mark]]:
+    """The marks of a process; none if it is gone."""
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:  # noqa: PTH123
+            environ = file.read()
+    except OSError:
+        return []
+    if b"ORCH_" not in environ:
+        return []
+    found = []
+    for variable in environ.split(b"\0"):
+        name, _, value = variable.decode(errors="replace").partition("=")
+        mark = _Mark.parse(value) if name in (_PROCESS_MARK, supervisor.MARK) else None
+        if mark is not None:
+            found.append((name, mark))
+    return found
 
 
 def _netns_of(pid: int) -> str:
+    """Device and inode of a process's network namespace, as kernel/netns.py writes them; empty if it is gone."""
     try:
         status = os.stat(f"/proc/{pid}/ns/net")  # noqa: PTH116
     except OSError:
@@ -240,20 +357,13 @@ def _netns_of(pid: int) -> str:
 
 def _is_alive(pid: int) -> bool:
     """False for a process that is gone or a zombie that its parent has not noticed yet."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] not in ("Z", "X")
+    return bool(pid and traces.born(pid))
 
 
 def _age_s(pid: int) -> float:
-    """Seconds since a process started; source: proc(5), field 22 of stat in clock ticks since boot."""
-    try:
-        ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    except (OSError, IndexError, ValueError):
-        return 0.0
-    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+    """Seconds since a process started; 0 if it is gone."""
+    ticks = traces.born(pid)
+    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")) if ticks else 0.0
 
 
 def _signal_and_wait(pid: int, number: int, within_s: float) -> bool:
@@ -281,14 +391,6 @@ def _tail(file: Path, count: int) -> str:
     except OSError:
         return ""
     return "".join(character if character.isprintable() else "?" for character in text)
-
-
-def _say_status(status: int | None) -> str:
-    if status is None:
-        return "ended"
-    if status < 0:
-        return f"was killed by {signal.Signals(-status).name}"
-    return f"exited with {status}"
 
 
 def _say_time(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""`orch helpers`: the catalogue, and what of it this host can run."""
+"""`orch helpers`: the catalogue and what installed packages offer, and what of it this host can run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class HelperRow:
     engines: tuple[EngineRow, ...]
 
 
-def rows(host: Host) -> tuple[HelperRow, ...]:
+def rows(host: Host, others: tuple[CatalogueEntry, ...]) -> tuple[HelperRow, ...]:
+    """The catalogue, then the helpers of others."""
     modules = tuple(sorted({m for e in catalogue.helpers().values() for x in e.engines for m in x.modules}))
     available = host.available_modules((*modules, "nfnetlink_cthelper"))
     return tuple(
@@ -34,7 +35,7 @@ def rows(host: Host) -> tuple[HelperRow, ...]:
             entry,
             tuple(EngineRow(e, _missing(e, host, available), e.broken or e.caveats) for e in entry.engines),
         )
-        for entry in catalogue.helpers().values()
+        for entry in (*catalogue.helpers().values(), *others)
     )
 
 

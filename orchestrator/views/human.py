@@ -15,7 +15,6 @@ from orchestrator.reports import (
     TeardownReport,
 )
 from orchestrator.state import Action, Change, Plan, Scope, describe
-from orchestrator.status import HelperStatus, HostStatus, ProfileStatus
 
 SYMBOLS = {Action.CREATE: "+", Action.UPDATE: "~", Action.REPLACE: "-/+", Action.DELETE: "-"}
 _COLOURS = {"+": 32, "~": 33, "-/+": 35, "-": 31, "error": 31, "warning": 33, "ok": 32}
@@ -120,67 +119,6 @@ def teardown_text(report: TeardownReport, *, every_netns: bool) -> str:
     if report.others and not every_netns:
         lines.append("Still applied: " + ", ".join(map(str, report.others)) + " (--all removes everything).")
     return "\n".join(lines) + "\n"
-
-
-def status_text(status: HostStatus, paint: Paint, wanted: str = "") -> str:
-    if not (status.profiles or status.unknown or status.unsettled or status.working):
-        return f"Profile {wanted} is not applied.\n" if wanted else "Nothing is applied.\n"
-    lines: list[str] = []
-    for profile in status.profiles:
-        lines += _profile_lines(profile, paint)
-    mark = paint("!", "warning")
-    lines += [
-        f"{mark} {o} has rules or processes, and the ledger does not know it: apply or tear it down"
-        for o in status.unknown
-    ]
-    lines += [f"{mark} {what} was not finished: the next apply or teardown undoes it" for what in status.unsettled]
-    lines += [f"{mark} another orch is at work right now"] if status.working else []
-    return "\n".join(lines) + "\n"
-
-
-def _profile_lines(profile: ProfileStatus, paint: Paint) -> Iterable[str]:
-    mark = paint("!", "warning") if profile.drift else paint("*", "ok")
-    state = "drifted" if profile.drift else "as applied"
-    yield f"{mark} {profile.owner} ({profile.backend}, {profile.source}): {state}"
-    for helper in profile.helpers:
-        yield f"    {_helper_line(helper)}"
-        yield from (f"        {line}" for line in _process_lines(helper, paint))
-    for line in profile.drift:
-        yield f"    {paint('drift:', 'warning')} {line}"
-
-
-def _helper_line(helper: HelperStatus) -> str:
-    parts = [f"{helper.name}: engine {helper.engine}"]
-    parts += [f"{key} {state}" for key, state in helper.registrations]
-    if helper.pid:
-        parts.append(f"pid {helper.pid} since {duration_text(helper.since_s)}")
-    elif helper.queueing:
-        parts.append("no process" + (f" ({helper.last_words})" if helper.last_words else ""))
-    if helper.queueing:
-        parts.append(f"queueing by {helper.queueing}")
-    parts += [
-        f"queue {q.queue_num} " + (f"waiting {q.waiting} dropped {q.dropped}" if q.is_bound else "has no listener")
-        for q in helper.queues
-    ]
-    parts.append(f"expectations {helper.expectations}")
-    return ", ".join(parts)
-
-
-def _process_lines(helper: HelperStatus, paint: Paint) -> Iterable[str]:
-    """What a native helper process says of itself."""
-    if helper.counters is None:
-        return
-    seen = helper.counters.counters
-    each = f" ({seen.busy_ns / seen.packets / 1000:.0f} us each)" if seen.packets else ""
-    yield (
-        f"since its start: packets {seen.packets}{each}, expectations {seen.expectations}, refused {seen.refused}, "
-        f"parse errors {seen.parse_errors}, exceptions {seen.exceptions}, overruns {seen.overruns}"
-    )
-    if helper.hung_s:
-        silent = duration_text(helper.hung_s)
-        yield f"{paint('hangs:', 'error')} packets wait, and it has done nothing for {silent}"
-    if helper.counters.note:
-        yield f"last: {helper.counters.note}"
 
 
 def duration_text(seconds: float) -> str:

@@ -12,7 +12,7 @@ from orchestrator.reports import Difference, PlanRefusedError, Report, TeardownR
 from orchestrator.state import Plan, Refusal, describe
 from orchestrator.status import HostStatus
 
-SCHEMA = "1.1"
+SCHEMA = "1.2"
 
 
 def step_line(outcome: Outcome) -> str:
@@ -101,6 +101,12 @@ def status_value(status: HostStatus) -> dict[str, Any]:
                             for q in h.queues
                         ],
                         "expectations": h.expectations,
+                        "state": h.state,
+                        "state_since": h.state_since or None,
+                        "restarts": h.restarts,
+                        "reason": h.reason,
+                        "connections": h.connections,
+                        "lifetimes": asdict(h.lifetimes) if h.lifetimes else None,
                         "pid": h.pid or None,
                         "since_s": h.since_s,
                         "last_words": h.last_words,

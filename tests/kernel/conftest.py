@@ -22,7 +22,7 @@ from orchestrator.kernel.nft import nft_tables
 from tests.hosts import Harness
 
 NAMESPACES = (CLIENT, ROUTER, SERVER)
-_PROCESSES = re.compile(r"/(supervise/runner|engine/process)\.py\0|(^|/)conntrackd\0")
+_PROCESSES = re.compile(r"/(supervise/supervisor|supervise/foreground|engine/process)\.py\0|(^|/)conntrackd\0")
 HELPER_MODULES = (
     *("nf_nat_ftp", "nf_nat_tftp", "nf_nat_sip", "nf_nat_irc", "nf_nat_h323", "nf_nat_pptp", "nf_nat_amanda"),
     *("nf_conntrack_ftp", "nf_conntrack_tftp", "nf_conntrack_sip", "nf_conntrack_irc", "nf_conntrack_h323"),
@@ -115,7 +115,7 @@ def _kill_processes() -> None:
 
 
 def _processes() -> list[int]:
-    """Watchers, helper processes and conntrackds."""
+    """Supervisors, helper processes and conntrackds."""
     pids = [int(entry.name) for entry in os.scandir("/proc") if entry.name.isdigit()]
     return [pid for pid in pids if _PROCESSES.search(_read(f"/proc/{pid}/cmdline"))]
 

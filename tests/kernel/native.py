@@ -13,15 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from lab.expectations import Events, expectations_made
 from lab.topology import ROUTER, ROUTER_FILTER, inside, load_filter
 from orchestrator.engine.counters import Counters
 from orchestrator.kernel.netns import find
 from orchestrator.model import Status
 from orchestrator.ports import ProcessSeen
 from orchestrator.supervise.launcher import LocalProcesses
+from orchestrator.verify.expectations import Events, expectations_made
 from tests.hosts import Harness
 from tests.kernel.conftest import REPORTS, clean_orch
+from tests.processes import unsupervised
 
 FTP_PORT, TFTP_PORT = 2121, 1069
 QUEUEINGS = ("rules", "registration")
@@ -34,11 +35,11 @@ _WITHIN_S = 30.0
 _POLL_S = 0.005
 
 
-def ftp_and_tftp(queueing: str) -> str:
-    """A profile for the scripted servers."""
+def ftp_and_tftp(queueing: str, process: str = "{restart: never}") -> str:
+    """A profile for the scripted servers; when the process of ftp is dead it stays so, unless told otherwise."""
     return (
         "profile: native\nhelpers:\n"
-        f"  ftp: {{queueing: {queueing}, attach: [{{path: incoming, ports: {FTP_PORT}}}]}}\n"
+        f"  ftp: {{queueing: {queueing}, attach: [{{path: incoming, ports: {FTP_PORT}}}], process: {process}}}\n"
         f"  tftp: {{queueing: {queueing}, attach: [{{path: incoming, ports: {TFTP_PORT}}}]}}\n"
     )
 
@@ -90,9 +91,13 @@ class Router:
         return sum(row.seen - row.user_dropped for row in rows if row.queue_num in mine)
 
     def log(self, name: str) -> str:
+        return (self.local.runtime_dir(self.process(name).profile, find(ROUTER)) / f"{name}.log").read_text()
+
+    @property
+    def local(self) -> LocalProcesses:
         processes = self.orch.system.processes
         assert isinstance(processes, LocalProcesses)
-        return (processes.runtime_dir(self.process(name).profile, find(ROUTER)) / f"{name}.log").read_text()
+        return processes
 
     def queues(self, name: str = "ftp") -> tuple[int, ...]:
         (profile,) = self.orch.status().profiles
@@ -111,14 +116,15 @@ class Router:
 
     @contextlib.contextmanager
     def stopped(self, name: str = "ftp") -> Iterator[int]:
-        """A helper process that does nothing until the block ends; its pid."""
-        pid = self.process(name).pid
-        os.kill(pid, signal.SIGSTOP)
-        try:
-            yield pid
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
+        """A helper process that does nothing until the block ends, and nobody replaces it; its pid."""
+        process = self.process(name)
+        with unsupervised(self.local, process.profile, find(ROUTER)):
+            os.kill(process.pid, signal.SIGSTOP)
+            try:
+                yield process.pid
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGCONT)
 
     def kill(self, name: str = "ftp") -> None:
         """SIGKILL; return once the kernel has let go of everything the process held."""
@@ -130,7 +136,7 @@ class Router:
             os.close(pidfd)
 
     def wait_disabled(self, name: str) -> float:
-        """Wait for the watcher: seconds until no registration of that name is enabled."""
+        """Wait for the supervisor: seconds until no registration of that name is enabled."""
         return until(lambda: self._statuses(name) == {Status.DISABLED}, f"{name} disabled")
 
     def _statuses(self, name: str) -> set[Status]:

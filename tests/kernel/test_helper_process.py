@@ -13,12 +13,23 @@ import pytest
 
 from lab.topology import run
 from orchestrator.engine.counters import Counters, State
+from orchestrator.engine.privileges import own_user
 from orchestrator.errors import HelperProcessError
 from orchestrator.kernel.host import KernelHost
 from orchestrator.kernel.netns import entered, find
 from orchestrator.model import Netns
 from orchestrator.supervise.launcher import LocalProcesses
-from tests.processes import NAME, PROFILE, QUEUE, launch, local_processes, own_file, wait_for
+from tests.processes import (
+    NAME,
+    OWN_HELPER,
+    PROFILE,
+    QUEUE,
+    launch,
+    local_processes,
+    own_document,
+    unsupervised,
+    wait_for,
+)
 
 PORT = 6969
 RULES = f"""
@@ -89,18 +100,22 @@ def test_it_serves_its_queue_and_counts(processes: LocalProcesses, netns: Netns)
     exchange(netns, 1)
 
 
-def test_it_has_one_capability(processes: LocalProcesses, netns: Netns) -> None:
+def test_it_may_little_and_has_limits(processes: LocalProcesses, netns: Netns) -> None:
     pid = processes.start(launch(netns))
-    status = dict(line.partition(":")[::2] for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    status = dict(line.partition(":\t")[::2] for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     assert [int(status[f"Cap{kind}"], 16) for kind in ("Eff", "Prm", "Inh", "Bnd", "Amb")] == [0x1000, 0x1000, 0, 0, 0]
-    assert "0" not in status["Uid"].split()
-    assert int(status["NoNewPrivs"])
+    own = str(own_user(str(processes.runtime_dir(PROFILE, netns)), NAME).uid)
+    assert (status["Uid"].split(), status["Gid"].split(), status["Groups"].split()) == ([own] * 4, [own] * 4, [])
+    assert (status["NoNewPrivs"], status["Seccomp"], status["Seccomp_filters"]) == ("1", "2", "2")
+    limits = {line[:26].strip(): line[26:].split()[:2] for line in Path(f"/proc/{pid}/limits").read_text().splitlines()}
+    wanted = {"address space": 128 << 20, "data size": 128 << 20, "file size": 1 << 20}
+    wanted |= {"open files": 64, "processes": 0, "core file size": 0}
+    assert {name: limits[f"Max {name}"] for name in wanted} == {name: [str(n)] * 2 for name, n in wanted.items()}
     assert Path(f"/proc/{pid}/cwd").readlink() == Path("/")
 
 
-def test_a_helper_of_ones_own(processes: LocalProcesses, netns: Netns, tmp_path: Path) -> None:
-    _, text = own_file(tmp_path)
-    processes.start(launch(netns, text))
+def test_a_helper_of_ones_own(processes: LocalProcesses, netns: Netns) -> None:
+    processes.start(launch(netns, own_document(), source=OWN_HELPER))
     exchange(netns, 2)
     wait_for_packets(processes, netns, 2)
 
@@ -134,15 +149,16 @@ def test_what_is_queued_while_it_starts_is_answered(processes: LocalProcesses, n
 
 def test_a_stopped_one_keeps_its_packets_and_goes_on(processes: LocalProcesses, netns: Netns) -> None:
     pid = processes.start(launch(netns))
-    os.kill(pid, signal.SIGSTOP)
-    with entered(netns):
-        sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    with sender:
-        sender.sendto(b"x", ("127.0.0.1", PORT))
-    (row,) = KernelHost().queues(netns)
-    assert row.waiting == 1
-    assert counted(processes, netns).packets == 0
-    os.kill(pid, signal.SIGCONT)
+    with unsupervised(processes, PROFILE, netns):
+        os.kill(pid, signal.SIGSTOP)
+        with entered(netns):
+            sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        with sender:
+            sender.sendto(b"x", ("127.0.0.1", PORT))
+        (row,) = KernelHost().queues(netns)
+        assert row.waiting == 1
+        assert counted(processes, netns).packets == 0
+        os.kill(pid, signal.SIGCONT)
     wait_for_packets(processes, netns, 1)
 
 

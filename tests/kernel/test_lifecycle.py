@@ -19,10 +19,14 @@ from lab.layout import Kernel
 from lab.topology import CLIENT, CONTENT, PASSIVE, ROUTER, ROUTER_FILTER, SERVER_IP, inside, run
 from orchestrator import profile as profiles
 from orchestrator import render
+from orchestrator.engine.privileges import NET_ADMIN, own_user
 from orchestrator.errors import HelperProcessError
 from orchestrator.kernel.netns import entered, find
 from orchestrator.model import HelperKey, L3Proto, L4Proto, Status
+from orchestrator.ports import ProcessState
 from orchestrator.reports import PlanRefusedError
+from orchestrator.state import WatchProcess
+from orchestrator.supervise.launcher import LocalProcesses
 from tests.hosts import FTP, Harness
 from tests.kernel.conftest import clean_orch, cli, snapshot
 
@@ -50,12 +54,24 @@ def kill_and_wait(pid: int) -> None:
         os.close(pidfd)
 
 
-def kill_watcher() -> None:
-    kill_and_wait(int(run("pgrep", "-f", "orchestrator/supervise/runner.py").stdout))
+def kill_supervisor() -> None:
+    kill_and_wait(int(run("pgrep", "-f", "orchestrator/supervise/supervisor.py").stdout))
+
+
+def restarts(orch: Harness) -> int:
+    (seen,) = orch.system.processes.supervised("ftp", find(ROUTER)) or (None,)
+    return seen.restarts if seen and seen.state is ProcessState.RUNNING else -1
+
+
+def wait_for_restarts(orch: Harness, wanted: int) -> None:
+    deadline = orch.system.clock.monotonic() + 30
+    while restarts(orch) != wanted:
+        assert orch.system.clock.monotonic() < deadline
+        orch.system.clock.sleep(0.01)
 
 
 def wait_for_status(orch: Harness, wanted: Status) -> None:
-    """The watcher acts in its own time; give it that."""
+    """The supervisor acts in its own time; give it that."""
     deadline = orch.system.clock.monotonic() + 10
     while orch.system.clock.monotonic() < deadline:
         if any(r.key == OWN and r.status is wanted for r in orch.system.registry.dump()):
@@ -83,33 +99,36 @@ def served(router: Harness) -> Harness:
 
 
 def test_death_of_the_listener_does_not_block_new_connections(served: Harness) -> None:
+    """It is replaced, and enabled again by then: conntrackd's own registration is not."""
     kill_and_wait(conntrackd(served))
-    wait_for_status(served, Status.DISABLED)
     assert "Content-Length" in topology.ftp("--head").stdout  # curl logs in, and needs no data connection
+    wait_for_restarts(served, 1)
+    wait_for_status(served, Status.ENABLED)
     status = served.status().profiles[0]
-    assert status.drift == ("ftp-us/ip/tcp: status disabled -> enabled", "conntrackd: missing: queue 36160")
-    assert "was killed by SIGKILL" in status.helpers[0].last_words
-    served.apply(FTP, ROUTER)
+    assert status.drift == ()
+    (seen,) = served.system.processes.supervised("ftp", find(ROUTER))
+    assert (seen.pid, seen.reason) == (conntrackd(served), "killed by SIGKILL")
     assert topology.ftp(*PASSIVE).stdout == CONTENT
 
 
-def test_without_a_watcher_the_same_death_blocks(served: Harness) -> None:
-    """What the watcher is for: an enabled helper without a listener lets nobody log in any more."""
-    kill_watcher()
-    assert served.status().profiles[0].drift == ("conntrackd: its watcher is gone",)
+def test_without_a_supervisor_the_same_death_blocks(served: Harness) -> None:
+    """What the supervisor is for: an enabled helper without a listener lets nobody log in any more."""
+    kill_supervisor()
+    assert served.status().profiles[0].drift == ("conntrackd: its supervisor is gone",)
     kill_and_wait(conntrackd(served))
     assert "Connected" not in topology.ftp("--verbose", "--head", within_s=3).stderr
     served.apply(FTP, ROUTER)
     assert topology.ftp(*PASSIVE).stdout == CONTENT
 
 
-def test_a_new_watcher_adopts_the_process(served: Harness) -> None:
+def test_a_new_supervisor_adopts_the_process(served: Harness) -> None:
     pid = conntrackd(served)
-    kill_watcher()
+    kill_supervisor()
     served.apply(FTP, ROUTER)
     assert conntrackd(served) == pid
     kill_and_wait(pid)
-    wait_for_status(served, Status.DISABLED)
+    wait_for_restarts(served, 1)
+    wait_for_status(served, Status.ENABLED)
 
 
 def test_status_counts_what_there_is(served: Harness) -> None:
@@ -124,6 +143,19 @@ def test_status_counts_what_there_is(served: Harness) -> None:
     (row,) = served.system.host.queues(find(ROUTER))
     assert (row.queue_num, row.is_ready) == (36160, True)
     assert row.seen > 0
+
+
+def test_conntrackd_has_a_user_of_its_own_and_one_capability(served: Harness) -> None:
+    pid = conntrackd(served)
+    status = dict(line.partition(":\t")[::2] for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    assert [int(status[f"Cap{kind}"], 16) for kind in ("Eff", "Prm", "Inh", "Bnd", "Amb")] == [NET_ADMIN] * 5
+    assert (status["Groups"].split(), status["NoNewPrivs"]) == ([], "1")
+    processes = served.system.processes
+    assert isinstance(processes, LocalProcesses)
+    directory = processes.runtime_dir("ftp", find(ROUTER))
+    (user,) = set(status["Uid"].split())
+    assert (directory / "conntrackd.d" / "conntrackd.ctl").stat().st_uid == int(user)
+    assert int(user) == own_user(str(directory), "conntrackd").uid
 
 
 def test_a_disabled_registration_is_drift(served: Harness) -> None:
@@ -273,7 +305,8 @@ def test_a_listener_that_never_binds_is_undone(orch: Harness, tmp_path: Path) ->
     templates.mkdir()
     (templates / "supervise.yaml.j2").write_text(
         "processes:\n  - name: conntrackd\n    argv: [sleep, '60']\n    files: [conntrackd.conf]\n"
-        "    queues: [36160]\n    keys: [ftp/ip/tcp, ftp-us/ip/tcp]\n    ready_within_s: 1\n"
+        "    queues: [36160]\n    keys: [ftp/ip/tcp, ftp-us/ip/tcp]\n    enables: []\n    ready_within_s: 1\n"
+        "    restart: on-failure\n    restart_limit: 10\n    restart_window_s: 600\n"
     )
     desired = profiles.load(FTP, "ftp.yaml")
     target = render.target(desired, template_dir=templates)
@@ -290,7 +323,7 @@ def test_a_program_that_ends_at_once_says_why(orch: Harness, tmp_path: Path) -> 
     desired = profiles.load(FTP, "ftp.yaml")
     target = render.target(desired, template_dir=templates)
     before = snapshot()
-    with pytest.raises(HelperProcessError, match="ended at once") as caught:
+    with pytest.raises(HelperProcessError, match="does not start: exited with 1") as caught:
         orch.app(ROUTER).apply(desired, target, ask=False)
     assert "syntax error" in caught.value.hint
     assert snapshot() == before
@@ -303,8 +336,8 @@ def test_a_lost_ledger_is_made_again(orch: Harness, backend: str) -> None:
     orch.apply(text, ROUTER)
     shutil.rmtree(orch.state_dir)
     pid = conntrackd(orch)
-    report = orch.apply(text, ROUTER)
-    assert report.plan.is_empty
+    report = orch.apply(text, ROUTER)  # the supervisor cannot be reached any more
+    assert [type(step) for step in report.plan.steps] == [WatchProcess]
     assert conntrackd(orch) == pid
     shutil.rmtree(orch.state_dir)
     orch.teardown_file(text, ROUTER)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import socket
 import statistics
@@ -13,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from lab.control import MODES, control, listening, opened
+from lab.control import FTP_PORT, MODES, control, listening, opened
 from lab.topology import CLIENT, CLIENT_IP, ROUTER, ROUTER_FILTER, SERVER, SERVER_IP, SERVER_IP6, load_filter
+from orchestrator.errors import HelperProcessError
 from tests.hosts import Harness
 from tests.kernel.conftest import snapshot
 from tests.kernel.native import (
@@ -24,16 +26,17 @@ from tests.kernel.native import (
     Router,
     ftp_and_tftp,
     router,
+    until,
 )
 
-THREE_PORT, RAISING_PORT, STEAM_PORT = 7070, 7071, 27036
+THREE_PORT, RAISING_PORT, HOSTILE_PORT, STEAM_PORT = 7070, 7071, 7072, 27036
 STEAM_QUERY = bytes.fromhex("ffffffff214c5fa0") + b"any"
-NOBODY, NET_ADMIN = 65534, 1 << 12
+NET_ADMIN = 1 << 12
 ROUNDS = 20
 
 FILTERS = (
     "add rule inet filter forward ct state new meta l4proto { tcp, udp } "
-    f"th dport {{ {THREE_PORT}, {RAISING_PORT} }} accept"
+    f"th dport {{ {THREE_PORT}, {RAISING_PORT}, {HOSTILE_PORT} }} accept"
 )
 CLOSED = f"""
 table inet filter {{
@@ -67,6 +70,55 @@ class Raising(Helper):
         raise RuntimeError("whatever comes")
 """
 
+HOSTILE = f"""
+import ctypes, os, socket, subprocess, sys
+from orchestrator.engine.api import L4, NOTHING, Helper, Policy, Serves
+
+call = ctypes.CDLL(None, use_errno=True).syscall
+call.restype = ctypes.c_long
+
+def raw(number, *arguments):
+    return call(ctypes.c_long(number), *arguments) == -1 and ctypes.get_errno()
+
+IN_PYTHON = (
+    lambda: open("/etc/passwd"),
+    lambda: open("/tmp/hostile", "w"),
+    lambda: open("/proc/self/mem", "wb"),
+    lambda: os.listdir("/"),
+    lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM),
+    lambda: socket.create_connection(("127.0.0.1", 80)),
+    lambda: os.execv("/bin/true", ["true"]),
+    lambda: os.fork(),
+    lambda: subprocess.run(["/bin/true"]),
+    lambda: os.kill(os.getppid(), 9),
+)
+PAST_PYTHON = (  # x86-64: openat, socket, connect, fork, kill, setuid, mount, unshare, bpf, seccomp
+    (257, -100, b"/etc/passwd", 0), (41, 2, 1, 0), (42, 0, b"", 0), (57,), (62, os.getppid(), 9), (105, 0),
+    (165, b"none", b"/tmp", b"tmpfs", 0, 0), (272, 0x40000000), (321, 0, 0, 0), (317, 1, 0, 0),
+)
+
+class Hostile(Helper):
+    serves = (Serves(L4.UDP, ({HOSTILE_PORT},)),)
+    policies = (Policy("hostile", 1, 30),)
+
+    def inspect(self, payload, direction, flow, private):
+        if payload == b"all ways out":
+            print("in Python", sum(self.fails(way) for way in IN_PYTHON), "of", len(IN_PYTHON), flush=True)
+            print("past it", sum(raw(*way) == 1 for way in PAST_PYTHON), "of", len(PAST_PYTHON), flush=True)
+        if payload == b"memory":
+            bytearray(1 << 30)
+        if payload == b"fault":
+            raise KeyError("a fault")  # of this line
+        return NOTHING
+
+    def fails(self, way):
+        try:
+            way()
+        except PermissionError:
+            return True
+        return False
+"""
+
 
 def transfer_by_tftp(port: int, *, ip6: bool = False) -> None:
     """A request to the scripted port, and the answer from another one."""
@@ -97,27 +149,59 @@ def test_the_life_of_a_profile(orch: Harness, backend: str, queueing: str) -> No
         transfer_by_tftp(40009, ip6=ip6)
     (profile,) = orch.status().profiles
     assert profile.drift == ()
+    users = set()
     for helper, made in zip(profile.helpers, (6, 2), strict=True):
         assert helper.counters is not None
         seen = helper.counters.counters
         assert (seen.expectations, seen.refused, seen.exceptions, seen.kernel_errors, seen.stale) == (made, 0, 0, 0, 0)
         assert seen.packets >= made
         assert (helper.engine, helper.queueing) == ("native", queueing)
-        assert privileges(helper.pid) == {"users": {NOBODY}, "groups": set(), "capabilities": {NET_ADMIN}, "new": 1}
+        users.add(_user_with_one_capability(helper.pid))
+    assert len(users) == 2
     assert orch.diff(text, ROUTER).plan.is_empty
     assert [report.leftovers for report in orch.teardown(netns=ROUTER).reports] == [()]
     assert snapshot() == before
 
 
-def privileges(pid: int) -> dict[str, object]:
-    """What a process may do; `new` is whether it can get no new privileges."""
+def _user_with_one_capability(pid: int) -> str:
+    """Whom a process runs as; test_helper_process.py has the rest of what it may do."""
     fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    return {
-        "users": set(map(int, fields["Uid"].split())),
-        "groups": set(fields["Groups"].split()),
-        "capabilities": {int(fields[kind], 16) for kind in ("CapEff", "CapPrm")},
-        "new": int(fields["NoNewPrivs"]),
-    }
+    assert {int(fields[kind], 16) for kind in ("CapEff", "CapPrm")} == {NET_ADMIN}
+    (user,) = set(fields["Uid"].split())
+    assert user != "0"
+    return user
+
+
+LOOPED = "10.66.200.200"
+"""An address that the server's host reaches itself under."""
+
+
+@pytest.mark.parametrize("queueing", QUEUEINGS)
+def test_on_loopback_an_announcement_keeps_its_length_and_the_session_goes_on(orch: Harness, queueing: str) -> None:
+    chain = f"type nat hook output priority -100; ip daddr {LOOPED} dnat to {SERVER_IP};"
+    load_filter(SERVER, f"table ip looped {{ chain output {{ {chain} }}; }}")
+    attach = f"{{path: outgoing, ports: {FTP_PORT}}}"
+    orch.apply(f"profile: looped\nfamilies: ip\nhelpers: {{ftp: {{queueing: {queueing}, attach: {attach}}}}}", SERVER)
+    passive = f"227 Passive ({SERVER_IP.replace('.', ',')},200,10)"
+    with listening(SERVER, FTP_PORT) as listener, opened(SERVER) as client:
+        client.connect((LOOPED, FTP_PORT))
+        server = listener.accept()[0]
+        with server:
+            for speaker, hearer, line in (
+                (client, server, "PASV"),
+                (server, client, passive),
+                *((client, server, f"NOOP {number}") for number in range(3)),
+                *((server, client, f"200 {number}") for number in range(3)),
+            ):
+                speaker.sendall(f"{line}\r\n".encode())
+                assert hearer.recv(1500).decode() == f"{line}\r\n"
+
+    def refused() -> bool:
+        (helper,) = orch.status().profiles[0].helpers
+        assert helper.counters is not None
+        return helper.counters.counters.refused == 1 and "on loopback" in helper.counters.note
+
+    until(refused, "the rewriting is refused")
 
 
 # -- helpers of one's own ----------------------------------------------------------------------------------------------
@@ -134,7 +218,7 @@ def own_directory() -> Iterator[Path]:
 def own(routed: None, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Router]:
     with own_directory() as directory:
         helpers = ""
-        for name, source in (("three", THREE), ("raising", RAISING)):
+        for name, source in (("three", THREE), ("raising", RAISING), ("hostile", HOSTILE)):
             (directory / f"{name}.py").write_text(source)
             helpers += (
                 f"  {name}: {{use: {directory}/{name}.py, queueing: {request.param}, attach: {{path: incoming}}}}\n"
@@ -160,6 +244,26 @@ def test_traffic_goes_on_whatever_a_helper_raises(own: Router) -> None:
     helper = next(h for h in own.orch.status().profiles[0].helpers if h.name == "raising")
     assert helper.counters is not None
     assert helper.counters.note == "RuntimeError: whatever comes"
+
+
+def test_a_helper_that_wants_out_stays_in(own: Router) -> None:
+    """What it tries fails, is counted if Python knows of it, and costs nobody a packet; nor does a lack of memory."""
+    with (
+        opened(SERVER, socket.SOCK_DGRAM, port=HOSTILE_PORT) as server,
+        opened(CLIENT, socket.SOCK_DGRAM) as client,
+    ):
+        for payload in (b"all ways out", b"fault", b"memory", b"and on"):
+            client.sendto(payload, (SERVER_IP, HOSTILE_PORT))
+            assert server.recv(1500) == payload
+    counters = own.counters("hostile")
+    assert (counters.denied, counters.exceptions) == (10, 2)
+    log = own.log("hostile")
+    assert "in Python 10 of 10\n" in log
+    assert "past it 10 of 10\n" in log or os.uname().machine != "x86_64"
+    assert 'raise KeyError("a fault")  # of this line\n' in log
+    helper = next(h for h in own.orch.status().profiles[0].helpers if h.name == "hostile")
+    assert helper.counters is not None
+    assert helper.counters.note.startswith("MemoryError")
 
 
 def test_three_expectations_of_a_segment_exist_before_it_arrives(own: Router) -> None:
@@ -204,6 +308,24 @@ def test_three_expectations_of_a_first_datagram_exist_soon(own: Router) -> None:
         f"{own.queueing}: second and third expectation of a first datagram: seen {statistics.median(late_s) * 1e3:.1f} "
         f"ms after it arrived (median of {ROUNDS}; most {max(late_s) * 1e3:.1f} ms); {blocked} answers at once blocked"
     )
+
+
+def test_a_changed_file_that_does_not_start_leaves_what_ran_before(orch: Harness) -> None:
+    """It passes the description, and raises only where it serves."""
+    with own_directory() as directory:
+        file = directory / "three.py"
+        file.write_text(THREE)
+        text = f"profile: own\nhelpers: {{three: {{use: {file}, attach: {{path: incoming}}}}}}\n"
+        orch.apply(text, ROUTER)
+        file.write_text(THREE + "import sys\nif sys.argv[0].endswith('process.py'): raise RuntimeError('late')\n")
+        with pytest.raises(HelperProcessError) as caught:
+            orch.apply(text + "# read again\n", ROUTER)
+        assert "RuntimeError: late" in caught.value.hint
+        (profile,) = orch.status().profiles
+        assert profile.drift == ()
+        assert orch.diff(text, ROUTER).plan.is_empty
+        (copy,) = orch.state_dir.glob("own@*/helper-three.py")
+        assert copy.read_text() == THREE
 
 
 def test_steam_finds_machines_through_a_closed_firewall(orch: Harness) -> None:

@@ -20,9 +20,9 @@ from pathlib import Path
 import pytest
 
 from lab.dialogue import SCRIPTS, Seen, Session, play_rivals
-from lab.expectations import Ends, Expectation, expectations_made
 from lab.nat import OUTSIDE_IP, Nat, load_nat
 from lab.topology import ROUTER, ROUTER_FILTER, load_filter
+from orchestrator.verify.expectations import Ends, Expectation, expectations_made
 from tests.kernel.conftest import REPORTS, clean_orch
 
 ORACLE, JUDGED, BESIDE = "kernel", "native", "conntrackd"

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import pytest
 
 from lab import software
-from lab.expectations import Events, expectations_made
 from lab.nat import Nat, load_nat
 from lab.software import (
     FTP_CLIENTS,
@@ -27,6 +26,7 @@ from lab.software import (
     TLS_PORT,
 )
 from lab.topology import CONTENT, ROUTER, ROUTER_FILTER, load_filter
+from orchestrator.verify.expectations import Events, expectations_made
 from tests.kernel.conftest import clean_orch
 
 ENGINE = os.environ.get("LAB_ENGINE", "native")

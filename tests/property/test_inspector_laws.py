@@ -299,6 +299,7 @@ def test_a_resized_payload_is_adjusted_through_ctnetlink_alone(tuples: tuple[Tup
     text = line.index(b"10,") if tuples is SNAT else line.index(b"|")
     assert one.adjustments[C] == ((seq + text) % 2**32, 0, growth)
     assert one.info != bytes(len(one.info)), "the private data went along"
+    assert len(one.requests) == 2, "one for the expectation, one for all the rest"
     second = seq + len(line)
     total = growth + len(one.send(direction, second, line)) - len(line)
     assert one.adjustments[C] == ((second + text) % 2**32, growth, total)
@@ -375,6 +376,29 @@ def test_a_payload_keeps_its_length_where_the_kernel_does_not_adjust() -> None:
     assert one.send(C, 1, line) == line
     assert any("ENOENT" in reason for reason in one.outcomes[-1].refused)
     assert one.send(C, 1, line) == line, "and nothing of it is remembered"
+
+
+@pytest.mark.parametrize(
+    ("tuples", "session"), [(SNAT, SESSION), (DNAT, SESSION), (SNAT6, SESSION6)], ids=["snat", "dnat", "snat6"]
+)
+@pytest.mark.parametrize("by_rules", [True, False], ids=["rules", "registration"])
+def test_on_loopback_a_payload_keeps_its_length(
+    tuples: tuple[Tuple, Tuple],
+    session: tuple[Turn, ...],
+    by_rules: bool,  # noqa: FBT001
+) -> None:
+    """Where that takes no other length, it is rewritten; else it is refused, and that is told."""
+    one, elsewhere = (router(tuples, by_rules=by_rules, device=device) for device in (1, 2))
+    refused = 0
+    for direction, seq, payload in segments(session):
+        arrived, rewritten = one.send(direction, seq, payload), elsewhere.send(direction, seq, payload)
+        is_resized = len(rewritten) != len(payload)
+        assert arrived == (payload if is_resized else rewritten)
+        assert any("on loopback" in reason for reason in one.outcomes[-1].refused) == is_resized
+        assert one.send(direction, seq, payload) == arrived, "and so again"
+        refused += is_resized
+    assert refused
+    assert one.adjustments == {}
 
 
 def test_an_unconfirmed_connection_is_not_rewritten() -> None:

@@ -25,11 +25,6 @@ def kernel() -> FakeKernel:
     return FakeKernel(modules_available={"nf_conntrack_ftp": (("ftp", L4Proto.TCP),), "nf_nat_ftp": ()})
 
 
-@pytest.fixture
-def orch(kernel: FakeKernel, tmp_path: Path) -> Harness:
-    return Harness(kernel.system(), tmp_path / "state")
-
-
 def refusal(orch: Harness, text: str, netns: str | None = None) -> str:
     with pytest.raises(PlanRefusedError) as caught:
         orch.apply(text, netns)
@@ -421,7 +416,7 @@ def test_enabling_does_not_block_another_namespace(orch: Harness, kernel: FakeKe
     )
 
 
-def test_a_dead_watcher_is_drift_and_mended(orch: Harness, kernel: FakeKernel) -> None:
+def test_a_dead_supervisor_is_drift_and_mended(orch: Harness, kernel: FakeKernel) -> None:
     orch.apply(FTP)
     for pid, (seen, launch) in kernel.running_processes.items():
         kernel.running_processes[pid] = (replace(seen, watched=False), launch)

@@ -258,7 +258,7 @@ def test_json_ends_with_a_result_line(orch: Terminal) -> None:
     assert [line["type"] for line in lines] == ["step"] * 6 + ["result"]
     assert lines[-1] | {"report": None} == {
         "type": "result",
-        "schema": "1.1",
+        "schema": "1.2",
         "command": "apply",
         "exit_code": code,
         "report": None,
@@ -276,12 +276,12 @@ def test_status_shows_drift_and_exits_with_2(orch: Terminal) -> None:
     orch("apply", orch.profile())
     code, out, _ = orch("status")
     assert code == 0
-    assert "ftp: engine conntrackd, ftp-us/ip/tcp enabled, pid 100 since 0 s, queueing by registration" in out
+    assert "ftp     conntrackd  running  100    0 s" in out
     orch.kernel.kill(100)
     code, out, _ = orch("status")
     assert code == ExitCode.DIFFERS
     assert "drift: ftp-us/ip/tcp: status disabled -> enabled" in out
-    assert "has no listener" in out
+    assert "no process" in out
 
 
 def test_a_missing_related_rule_is_told(orch: Terminal) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,14 +40,21 @@ LAYERS: dict[str, set[str]] = {
     "status": PURE | {"engine"},
     "reports": PURE | {"execute"},
     "fake": BASE | {"ports", "engine"},
-    "kernel": BASE | {"ports", "kernel"},
+    "kernel": BASE | {"ports", "kernel", "engine"},
     "supervise": BASE | {"ports", "engine", "catalogue"},
-    "replay": {"errors", "engine"},
+    "replay": {"errors", "engine", "supervise"},
     "app": PURE | {"execute", "journal", "observe", "plan", "reports", "status", "kernel", "supervise"},
-    "views": PURE | {"replay", "reports", "execute", "status", "views"},
+    "exporter": PURE | {"engine", "journal", "status"},
+    "doctor": PURE | {"app", "journal", "observe", "status"},
+    "events": PURE | {"kernel", "supervise"},
+    "explain": PURE | {"status"},
+    "views": PURE
+    | {"doctor", "engine", "events", "explain", "replay", "reports", "execute", "status", "supervise", "verify"}
+    | {"views"},
     "complete": set(),
+    "verify": PURE | {"app", "kernel", "render", "reports", "verify"},
     "session": COMMAND | {"complete"},
-    "commands": COMMAND | {"session"},
+    "commands": COMMAND | {"doctor", "events", "explain", "journal", "exporter", "session", "verify"},
     "cli": COMMAND | {"commands", "complete", "session"},
 }
 
@@ -78,10 +87,11 @@ def test_every_layer_exists() -> None:
     assert there == set(LAYERS)
 
 
-def test_what_runs_beside_a_process_imports_the_standard_library_alone() -> None:
-    tree = ast.parse((PACKAGE / "supervise" / "runner.py").read_text())
-    names = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-    names |= {str(n.module).split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    import sys
-
-    assert names <= set(sys.stdlib_module_names)
+@pytest.mark.parametrize("program", ["supervisor", "foreground"])
+def test_what_looks_after_processes_needs_the_standard_library_and_the_engine_alone(program: str) -> None:
+    look = (
+        f"import sys; sys.path.append({str(PACKAGE.parent)!r}); import orchestrator.supervise.{program};"
+        " print(*{name.split('.')[1] for name in sys.modules if name.startswith('orchestrator.')})"
+    )
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", look], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == {"engine", "supervise"}

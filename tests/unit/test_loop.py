@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import io
 import os
 import signal
 import socket
@@ -212,6 +213,24 @@ def test_an_exception_costs_nobody_a_packet(
         assert net.receive(len(payloads)) == payloads
     assert page.counters.exceptions == waiting
     assert capfd.readouterr().err.count("ZeroDivisionError: b'raise'") == 1
+
+
+class _MuteError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("it says nothing")
+
+
+def test_an_error_that_cannot_be_told_costs_nobody_a_packet(
+    net: Net, recorder: Recorder, page: Page, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its text is code of a helper, and the log may lie on a full disk."""
+    recorder.outcomes[b"mute"] = Outcome(error=_MuteError())
+    with Path("/dev/full").open("wb", buffering=0) as full, running(make_loop(net, recorder, page)):
+        monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(full, write_through=True))
+        for payload in (b"mute", b"raise", b"and on"):
+            net.send(payload)
+            assert net.receive(1) == [payload]
+    assert page.counters.exceptions == 2
 
 
 def test_a_verdict_that_cannot_be_encoded_costs_nobody_a_packet(net: Net, recorder: Recorder, page: Page) -> None:

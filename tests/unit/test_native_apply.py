@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from orchestrator.errors import KernelError
 from orchestrator.fake import FakeKernel
 from orchestrator.model import Backend, HelperKey, L3Proto, L4Proto, Status
 from orchestrator.reports import PlanRefusedError
@@ -16,16 +21,6 @@ from tests.hosts import Harness
 OWN = HelperKey("ftp-us", L3Proto.IP, L4Proto.TCP)
 RULES = "profile: ftp\nfamilies: ip\nhelpers: {ftp: {engine: native}}\n"
 REGISTRATION = "profile: ftp\nfamilies: ip\nhelpers: {ftp: {engine: native, queueing: registration}}\n"
-
-
-@pytest.fixture
-def kernel() -> FakeKernel:
-    return FakeKernel()
-
-
-@pytest.fixture
-def orch(kernel: FakeKernel, tmp_path: Path) -> Harness:
-    return Harness(kernel.system(), tmp_path / "state")
 
 
 def refusal(orch: Harness, text: str, netns: str | None = None) -> list[str]:
@@ -163,3 +158,84 @@ def test_the_ledger_remembers_triggers(orch: Harness) -> None:
     orch.apply(text)
     assert orch.apply(text).plan.is_empty
     assert orch.status().profiles[0].drift == ()
+
+
+@pytest.mark.parametrize(
+    ("helper", "hint"),
+    [
+        ("ftp", "install the kernel's modules, or use engine: native"),
+        ("sane", "install the kernel's modules, or use engine: conntrackd"),
+        ("irc", "install the kernel's modules"),
+    ],
+)
+def test_where_the_kernel_lacks_a_helper_another_engine_is_named_if_there_is_one(
+    orch: Harness, helper: str, hint: str
+) -> None:
+    with pytest.raises(PlanRefusedError) as caught:
+        orch.apply(f"profile: p\nfamilies: ip\nhelpers: {{{helper}: {{engine: kernel}}}}\n")
+    assert {refused.hint for refused in caught.value.refusals} == {hint}
+
+
+def test_where_the_name_of_a_kernel_helper_is_taken_another_engine_is_named(orch: Harness, kernel: FakeKernel) -> None:
+    kernel.modules_available = {"nf_conntrack_ftp": (("ftp", L4Proto.TCP),), "nf_nat_ftp": ()}
+    orch.apply("profile: one\nfamilies: ip\nhelpers: {ftp: {engine: conntrackd}}\n")
+    with pytest.raises(PlanRefusedError) as caught:
+        orch.apply("profile: two\nfamilies: ip\nhelpers: {ftp: {engine: kernel, attach: {ports: 2121}}}\n")
+    (refused,) = caught.value.refusals
+    assert refused.hint == "tear the profile down that registered it (orch status), or use engine: native"
+
+
+# -- helpers of one's own ----------------------------------------------------------------------------------------------
+
+OWN_HELPER = """
+from orchestrator.engine.api import L4, NOTHING, Helper, Policy, Serves
+
+class Own(Helper):
+    serves = (Serves(L4.UDP, (5000,)),)
+    policies = (Policy("own", 1, 30),)
+
+    def inspect(self, payload, direction, flow, private):
+        return NOTHING
+"""
+
+
+@pytest.fixture
+def own_file() -> Iterator[Path]:
+    """Where root trusts it, if the tests run as root."""
+    with tempfile.TemporaryDirectory(dir="/run" if os.geteuid() == 0 else None) as directory:
+        file = Path(directory) / "own.py"
+        file.write_text(OWN_HELPER)
+        yield file
+
+
+def sources(kernel: FakeKernel) -> list[str]:
+    """What runs, as far as it is somebody's own."""
+    return [launch.files["helper-own.py"] for _, launch in kernel.running_processes.values()]
+
+
+@pytest.mark.parametrize("step", range(3))
+def test_an_apply_that_changes_the_file_of_a_helper_is_undone(
+    orch: Harness, kernel: FakeKernel, own_file: Path, step: int
+) -> None:
+    """What ran before runs again, although the file is no longer what it was."""
+    text = f"profile: own\nfamilies: ip\nhelpers: {{own: {{use: {own_file}, attach: {{ports: 5000}}}}}}\n"
+    orch.apply(text)
+    before = kernel.dump_text()
+    own_file.write_text(OWN_HELPER + "# changed\n")
+    kernel.fail_at(step, errno.ENOMEM)
+    with pytest.raises(KernelError):
+        orch.apply(text.replace("5000", "5001"))
+    assert sources(kernel) == [OWN_HELPER]
+    assert kernel.dump_text() == before
+    orch.apply(text.replace("5000", "5001"))
+    assert sources(kernel) == [OWN_HELPER + "# changed\n"]
+
+
+def test_a_change_of_the_file_alone_is_a_change(orch: Harness, kernel: FakeKernel, own_file: Path) -> None:
+    text = f"profile: own\nfamilies: ip\nhelpers: {{own: {{use: {own_file}}}}}\n"
+    orch.apply(text)
+    orch.steps.clear()
+    own_file.write_text(OWN_HELPER + "# changed\n")
+    orch.apply(text + "# read again\n")
+    assert orch.steps == ["stop own", "start own"]
+    assert sources(kernel) == [OWN_HELPER + "# changed\n"]

@@ -92,6 +92,16 @@ def test_a_packet_with_private_data(name: str, info: int, end: bytes) -> None:
     assert packet.status & 0x8  # confirmed
 
 
+def test_the_interface_by_which_a_packet_leaves_or_came() -> None:
+    message = golden("ipv4-tcp-original")
+    packet = decode("ipv4-tcp-original")
+    assert (packet.device, packet.is_looped) == (3, False)
+    outgoing = bytes.fromhex("0800060000000003")
+    looped = Decoder().decode(memoryview(message.replace(outgoing, bytes.fromhex("0800060000000001"))))
+    assert (looped.device, looped.is_looped) == (1, True)
+    assert Decoder().decode(memoryview(message.replace(outgoing, b""))).device == 2
+
+
 def test_the_first_packet_of_a_connection_is_not_confirmed() -> None:
     packet = decode("ipv4-udp-first")
     assert not packet.status & 0x8

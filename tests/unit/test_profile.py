@@ -263,7 +263,9 @@ def test_a_helper_of_ones_own_has_no_catalogue_entry() -> None:
     (helper,), (native,), (queue,) = desired.helpers, desired.natives, desired.rule_queues
     assert (helper.use, helper.engine) == ("./steam.py", Engine.NATIVE)
     assert (native.use, native.file) == ("./steam.py", str(ROOT / "profiles" / "steam.py"))
-    assert native.sha256 == hashlib.sha256((ROOT / "profiles" / "steam.py").read_bytes()).hexdigest()
+    content = (ROOT / "profiles" / "steam.py").read_bytes()
+    assert (native.source.encode(), native.sha256) == (content, hashlib.sha256(content).hexdigest())
+    assert [process.files for process in desired.processes] == [("helper-lan.toml", "helper-lan.py")]
     assert {(a.path, str(a.key), str(a.ports[0])) for a in desired.attachments} == {
         (Path.OUTGOING, "lan-us/ip/udp", "27036")
     }

@@ -114,7 +114,8 @@ def test_registrations_that_are_none_are_refused(text: str, message: str, tmp_pa
 def test_processes_that_are_none_are_refused(tmp_path: Path) -> None:
     error = refusal(
         "supervise.yaml",
-        "processes: [{name: a, argv: [1], files: [], queues: [], keys: [], ready_within_s: 1}]",
+        "processes: [{name: a, argv: [1], files: [], queues: [], keys: [], enables: [], ready_within_s: 1,"
+        " restart: never, restart_limit: 1, restart_window_s: 1}]",
         tmp_path,
     )
     assert "processes[0]: argv: must be text, not 1" in error.problems[0].message
@@ -203,12 +204,14 @@ def test_ten_thousand_attachments_are_one_rule(engine: str) -> None:
 
 def test_what_a_process_is_told_is_what_the_profile_asks_for() -> None:
     guard = "{ports: 20-546, source: any, destination: any, permanent: true}"
-    text = f"profile: edge\nhelpers: {{ftp: {{inspect: triggers, guard: {guard}, process: {{user: me}}, label: 7}}}}"
+    process = "{user: me, memory: 1G}"
+    text = f"profile: edge\nhelpers: {{ftp: {{inspect: triggers, guard: {guard}, process: {process}, label: 7}}}}"
     desired = profile.load(text, "p.yaml")
     (native,) = desired.natives
     told = settings.parse(text_of(desired, "helper-ftp.toml"))
     assert (told.name, told.use, told.names, told.queues) == (native.name, "ftp", ("ftp-us",), native.queues)
     assert (told.queueing, told.inspect, told.label, told.user) == ("rules", "triggers", 7, "me")
+    assert told.memory_bytes == 1 << 30
     bounds = told.bounds
     assert (bounds.first_port, bounds.last_port) == (20, 546)
     assert (bounds.is_any_source, bounds.is_any_destination, bounds.is_permanent) == (True, True, True)
@@ -217,8 +220,11 @@ def test_what_a_process_is_told_is_what_the_profile_asks_for() -> None:
 @pytest.mark.parametrize("name", ['a "b', "a\\b", "ä", "\N{ROCKET}", "a\tb"])
 def test_the_path_of_a_helper_comes_back_as_it_is(name: str) -> None:
     (native, other) = NATIVE.natives
-    native = replace(native, file=f"/{name}.py", sha256="0" * 64)
-    assert settings.parse(text_of(replace(NATIVE, natives=(native, other)), "helper-ftp.toml")).file == native.file
+    native = replace(native, file=f"/{name}.py", source="ä\r\n")
+    desired = replace(NATIVE, natives=(native, other))
+    told = settings.parse(text_of(desired, "helper-ftp.toml"))
+    assert (told.file, told.sha256) == (native.file, native.sha256)
+    assert text_of(desired, "helper-ftp.py") == native.source
 
 
 def test_a_process_is_started_anew_when_it_is_told_something_else() -> None:

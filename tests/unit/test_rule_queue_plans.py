@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from orchestrator.errors import OrchError
@@ -14,16 +12,6 @@ from tests.hosts import Harness, both
 BOTH = "profile: p\nfamilies: [ip]\nhelpers: {ftp: {}, tftp: {}}\n"
 FTP = "profile: p\nfamilies: [ip]\nhelpers: {ftp: {}}\n"
 FTP_QUEUES, TFTP_QUEUE = (", ".join(str(number) for number in queue.queues) for queue in both(BOTH)[0].rule_queues)
-
-
-@pytest.fixture
-def kernel() -> FakeKernel:
-    return FakeKernel()
-
-
-@pytest.fixture
-def orch(kernel: FakeKernel, tmp_path: Path) -> Harness:
-    return Harness(kernel.system(), tmp_path / "state")
 
 
 def test_a_teardown_stops_queueing_then_drains_then_ends_the_processes(orch: Harness) -> None:

@@ -21,7 +21,8 @@ inspect = "payload"
 names = ["ftp-us"]
 queues = [20000, 20001]
 label = 70
-user = "nobody"
+user = ""
+memory_bytes = 134217728
 
 [bounds]
 ports = "1024-65535"
@@ -44,7 +45,8 @@ def test_a_document_is_read() -> None:
         names=("ftp-us",),
         queues=(20000, 20001),
         bounds=Bounds(first_port=1024, last_port=65535),
-        user="nobody",
+        user="",
+        memory_bytes=128 << 20,
         label=70,
     )
 
@@ -79,6 +81,7 @@ def test_every_bound_can_be_loosened() -> None:
         ("[20000, 20001]", "[true]", "queues"),
         ('"rules"', '"rule"', "queueing"),
         ('"payload"', '"all"', "inspect"),
+        ("134217728", "0", "memory_bytes"),
         ("label = 70", "label = 128", "label"),
         ("label = 70\n", "", "label"),
         ('"rules"', '"registration"', "label"),
@@ -103,7 +106,7 @@ _values = st.one_of(
 )
 
 
-@given(st.sampled_from(range(10)), _values)
+@given(st.sampled_from(range(11)), _values)
 def test_any_value_anywhere_is_read_or_refused(line: int, value: object) -> None:
     lines = DOCUMENT.splitlines()
     text = str(value).lower() if isinstance(value, bool) else repr(value)

@@ -1,0 +1,1 @@
+"""Prometheus metrics of everything that is applied on this host."""

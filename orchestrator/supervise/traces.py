@@ -1,0 +1,123 @@
+"""What the kernel tells of a process and of its queues, read from /proc; and how a process ended, in words."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass
+from enum import Enum
+
+_QUEUES = "/proc/self/net/netfilter/nfnetlink_queue"
+_WHOLE_PACKETS = 2  # NFQNL_COPY_PACKET: the queue is configured
+_SILENT_LOOKS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class QueueRow:
+    """A bound queue of this namespace: packets that wait for a verdict, and all that came since it was bound."""
+
+    waiting: int
+    seen: int
+    is_ready: bool
+
+
+def queues() -> dict[int, QueueRow]:
+    """By number; none if the kernel has none. Source: nfnetlink_queue.c, seq_show."""
+    try:
+        with open(_QUEUES, encoding="ascii") as file:  # noqa: PTH123 (a supervisor imports no pathlib)
+            lines = file.readlines()
+    except FileNotFoundError:
+        return {}
+    rows = {}
+    for line in lines:
+        number, _, waiting, copy_mode, _, _, _, seen, *_ = map(int, line.split())
+        rows[number] = QueueRow(waiting, seen, copy_mode == _WHOLE_PACKETS)
+    return rows
+
+
+class Work(Enum):
+    IDLE = "idle"
+    BUSY = "busy"
+    HUNG = "hung"
+
+
+class Patience:
+    """Looks at the queues of a process, one after the other: it hangs if it twice in a row answered nothing that waits.
+
+    Some seconds between looks tell a process that hangs from one that waits for its turn of the CPU.
+    """
+
+    def __init__(self) -> None:
+        self._answered = -1
+        self._silent = 0
+
+    def look(self, rows: list[QueueRow]) -> Work:
+        waiting = sum(row.waiting for row in rows)
+        answered = sum(row.seen for row in rows) - waiting
+        is_silent = answered == self._answered
+        self._answered = answered
+        if not is_silent:
+            self._silent = 0
+            return Work.BUSY
+        if not waiting:
+            self._silent = 0
+            return Work.IDLE
+        self._silent += 1
+        return Work.HUNG if self._silent >= _SILENT_LOOKS else Work.BUSY
+
+
+def born(pid: int) -> int:
+    """When a process started, in clock ticks since boot: with its pid, what identifies it. 0 if it is gone."""
+    fields = _stat(pid)
+    return int(fields[19]) if fields and fields[0] not in "ZX" else 0
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a signal stopped it; a debugger that holds it is another matter. Source: proc(5), stat."""
+    return _stat(pid)[:1] == ["T"]
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the third on."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:  # noqa: PTH123
+            return file.read().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def oom_kills() -> int:
+    """How many processes of this host the kernel has killed for want of memory; 0 if it does not tell."""
+    try:
+        with open("/proc/vmstat", encoding="ascii") as file:  # noqa: PTH123
+            return next((int(line.split()[1]) for line in file if line.startswith("oom_kill ")), 0)
+    except OSError:
+        return 0
+
+
+def how_it_ended(code: int | None, *, is_out_of_memory: bool = False) -> str:
+    """In words: `code` is an exit code, or a signal as a negative number, None if nobody was told."""
+    if code is None:
+        return "ended"
+    if code >= 0:
+        return f"exited with {code}"
+    words = f"killed by {_signal_name(-code)}"
+    return f"{words}: out of memory" if code == -signal.SIGKILL and is_out_of_memory else words
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def last_line(path: str) -> str:
+    """The last line of a file as printable text; empty if there is none."""
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 2000))
+            lines = file.read().decode(errors="replace").strip().splitlines()
+    except OSError:
+        return ""
+    return "".join(ch if ch.isprintable() else "?" for ch in lines[-1])[:500] if lines else ""

@@ -1,0 +1,297 @@
+"""A supervisor at work on processes that do nothing, in a namespace of its own: deaths, stops, and its own death.
+
+What serves queues is in tests/kernel/test_supervision.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import HelperProcessError
+from orchestrator.kernel.netns import entered, find
+from orchestrator.model import Netns, ProcessSpec, Restart
+from orchestrator.ports import Launch, Lifetimes, ProcessState, Supervised
+from orchestrator.supervise import control
+from orchestrator.supervise.launcher import LocalProcesses
+from orchestrator.supervise.logs import LOG_BYTES
+from orchestrator.supervise.order import Order
+from tests.processes import NAME, PROFILE, local_processes, wait_for
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and ip(8)")
+
+ROOT = str(Path(__file__).parents[2])
+QUEUE = 20000
+SLEEP = ("sleep", "1000")
+HOLDER = f"""
+import sys, time
+sys.path.append(sys.argv[1])
+from orchestrator.engine import netlink
+channel = netlink.open_control_socket()
+for wanted in (netlink.attribute(1, bytes((1, 0, 0, 0))), netlink.attribute(2, bytes((0, 0, 255, 255, 2)))):
+    channel.send(netlink.message(0x302, wanted, flags=5, resource={QUEUE}))  # bind, and copy whole packets
+    channel.recv(4096)
+time.sleep(1000)
+"""
+
+PAGED = """
+import os, sys, time
+sys.path.append(sys.argv[1])
+from orchestrator.engine.counters import Page, State
+page = Page(sys.argv[2])
+page.state = State.READY
+page.beat()
+time.sleep(1000)
+"""
+
+
+@pytest.fixture
+def netns() -> Iterator[Netns]:
+    name = f"orch-{uuid.uuid4().hex[:8]}"
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    try:
+        yield find(name)
+    finally:
+        subprocess.run(["ip", "netns", "delete", name], check=True)
+
+
+@pytest.fixture
+def processes(tmp_path: Path, netns: Netns) -> Iterator[LocalProcesses]:
+    with local_processes(tmp_path) as processes:
+        yield processes
+        processes.cleanup(PROFILE, netns)
+
+
+def launch(
+    netns: Netns, argv: tuple[str, ...] = SLEEP, *, restart: Restart = Restart.ON_FAILURE, queues: tuple[int, ...] = ()
+) -> Launch:
+    spec = ProcessSpec(NAME, argv, (), queues, (), ready_within_s=1, restart=restart, restart_limit=3)
+    return Launch(PROFILE, netns, spec, {}, "digest")
+
+
+def seen(processes: LocalProcesses, netns: Netns) -> Supervised:
+    return next(iter(processes.supervised(PROFILE, netns)))
+
+
+def wait_until(processes: LocalProcesses, netns: Netns, holds: Callable[[Supervised], bool]) -> Supervised:
+    wait_for(processes, lambda: any(map(holds, processes.supervised(PROFILE, netns))))
+    return seen(processes, netns)
+
+
+def supervisor(processes: LocalProcesses, netns: Netns) -> int:
+    (pid,) = processes.supervisors(PROFILE, netns.identity)
+    return pid
+
+
+def restarted(times: int) -> Callable[[Supervised], bool]:
+    return lambda one: one.state is ProcessState.RUNNING and one.restarts == times
+
+
+def test_a_dead_one_is_replaced_and_why_is_told(processes: LocalProcesses, netns: Netns) -> None:
+    pid = processes.start(launch(netns))
+    assert seen(processes, netns).state is ProcessState.RUNNING
+    os.kill(pid, signal.SIGKILL)
+    after = wait_until(processes, netns, restarted(1))
+    assert after.pid != pid
+    assert after.reason == "killed by SIGKILL"
+    (process,) = processes.running()
+    assert (process.pid, process.watched) == (after.pid, True)
+    assert f"pid {pid} killed by SIGKILL" in processes.last_words(PROFILE, netns, NAME)
+    os.kill(after.pid, signal.SIGTERM)
+    assert wait_until(processes, netns, restarted(2)).reason == "killed by SIGTERM"
+
+
+def test_one_that_is_not_to_be_restarted_is_not(processes: LocalProcesses, netns: Netns) -> None:
+    os.kill(processes.start(launch(netns, restart=Restart.NEVER)), signal.SIGKILL)
+    wait_until(processes, netns, lambda one: one.state is ProcessState.FATAL)
+    assert not processes.running()
+    processes.start(launch(netns))
+    assert wait_until(processes, netns, restarted(0)).pid == processes.running()[0].pid
+
+
+def test_one_that_keeps_dying_is_given_up_with_the_reason(processes: LocalProcesses, netns: Netns) -> None:
+    processes.start(launch(netns, ("sh", "-c", "echo no more; exit 3")))
+    fatal = wait_until(processes, netns, lambda one: one.state is ProcessState.FATAL)
+    assert fatal.reason == "restarted 3 times in 600 s, the last time: exited with 3: no more"
+    assert fatal.restarts == 3
+    assert not processes.running()
+    processes.start(launch(netns))
+    assert wait_until(processes, netns, restarted(0)).reason == ""
+
+
+def test_a_stopped_one_is_replaced_within_five_seconds(processes: LocalProcesses, netns: Netns) -> None:
+    pid = processes.start(launch(netns))
+    os.kill(pid, signal.SIGSTOP)
+    started = time.monotonic()
+    after = wait_until(processes, netns, lambda one: one.reason != "")
+    assert "stopped by a signal" in after.reason
+    assert time.monotonic() - started >= 2, "one that goes on soon is left alone"
+    wait_until(processes, netns, restarted(1))
+
+
+def test_its_processes_go_on_without_it_and_the_next_one_adopts_them(processes: LocalProcesses, netns: Netns) -> None:
+    pid = processes.start(launch(netns))
+    os.kill(supervisor(processes, netns), signal.SIGKILL)
+    wait_for(processes, lambda: not processes.supervised(PROFILE, netns))
+    (process,) = processes.running()
+    assert (process.pid, process.watched) == (pid, False)
+    processes.watch(launch(netns), process)
+    (process,) = processes.running()
+    assert (process.pid, process.watched) == (pid, True)
+    os.kill(pid, signal.SIGSTOP)
+    assert "stopped by a signal" in wait_until(processes, netns, restarted(1)).reason
+    os.kill(processes.running()[0].pid, signal.SIGKILL)
+    assert wait_until(processes, netns, restarted(2)).reason == "killed by SIGKILL"
+
+
+def test_one_that_died_with_its_supervisor_is_taken_up_by_the_next(processes: LocalProcesses, netns: Netns) -> None:
+    process_pid, supervisor_pid = processes.start(launch(netns)), supervisor(processes, netns)
+    os.kill(supervisor_pid, signal.SIGSTOP)
+    os.kill(process_pid, signal.SIGKILL)
+    os.kill(supervisor_pid, signal.SIGKILL)
+    processes._start_supervisor(PROFILE, netns)
+    assert wait_until(processes, netns, restarted(1)).reason == "ended while nobody looked after it"
+
+
+def test_one_that_does_not_answer_is_replaced(processes: LocalProcesses, netns: Netns) -> None:
+    pid, old = processes.start(launch(netns)), supervisor(processes, netns)
+    os.kill(old, signal.SIGSTOP)
+    wait_for(processes, lambda: not processes.running()[0].watched)
+    (process,) = processes.running()
+    processes.watch(launch(netns), process)
+    assert supervisor(processes, netns) != old
+    (process,) = processes.running()
+    assert (process.pid, process.watched) == (pid, True)
+
+
+def test_a_stop_is_one_even_if_its_supervisor_is_stopped(processes: LocalProcesses, netns: Netns) -> None:
+    processes.start(launch(netns))
+    os.kill(supervisor(processes, netns), signal.SIGSTOP)
+    processes.stop(processes.running()[0])
+    assert not processes.running()
+
+
+def test_it_ends_with_its_last_process(processes: LocalProcesses, netns: Netns) -> None:
+    processes.start(launch(netns))
+    pidfd = os.pidfd_open(supervisor(processes, netns))
+    processes.stop(processes.running()[0])
+    assert os.waitid(os.P_PIDFD, pidfd, os.WEXITED) is not None
+    os.close(pidfd)
+    assert not processes.supervised(PROFILE, netns)
+
+
+def test_what_waits_for_its_restart_is_stopped_too(processes: LocalProcesses, netns: Netns) -> None:
+    """And it is told, as there is no process to be found."""
+    processes.start(launch(netns))
+    os.kill(processes.running()[0].pid, signal.SIGKILL)
+    os.kill(wait_until(processes, netns, restarted(1)).pid, signal.SIGKILL)
+    wait_for(processes, lambda: any(not process.pid for process in processes.running()))
+    waiting = next(process for process in processes.running() if not process.pid)
+    assert (waiting.digest, waiting.watched, waiting.place) == ("digest", True, "waits for its restart")
+    processes.stop(waiting)
+    assert not processes.running()
+
+
+def test_a_long_log_is_cut(processes: LocalProcesses, netns: Netns) -> None:
+    processes.start(launch(netns))
+    log = processes.runtime_dir(PROFILE, netns) / f"{NAME}.log"
+    with log.open("a") as file:
+        file.write("x" * LOG_BYTES + "\nlast\n")
+    wait_for(processes, lambda: log.stat().st_size == 0)
+    assert Path(f"{log}.old").read_text().endswith("\nlast\n")
+
+
+def test_it_costs_next_to_nothing_while_nothing_happens(processes: LocalProcesses, netns: Netns) -> None:
+    """A native helper has a page: nobody looks at it before it is touched."""
+    directory = processes.runtime_dir(PROFILE, netns)
+    directory.mkdir(parents=True)
+    order = Order(
+        name=NAME,
+        argv=[sys.executable, "-I", "-S", "-c", PAGED, ROOT, f"{NAME}.stats"],
+        env={},
+        queues=[],
+        has_page=True,
+        keys=[],
+        disable=[],
+        keep_disabled=[],
+        enable={},
+        is_restarted=True,
+        restart_limit=3,
+        restart_window_s=600,
+        ready_within_s=30,
+    )
+    (directory / f"{NAME}.order").write_bytes(order.encode())
+    processes._start_supervisor(PROFILE, netns)
+    request = {"do": "start", "name": NAME}
+    assert control.ask(str(directory), request, taken_within_s=30, done_within_s=30)["pid"]
+    pid = supervisor(processes, netns)
+    status = Path(f"/proc/{pid}/status")
+
+    def value(name: str) -> int:
+        return int(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith(name)))
+
+    settled = time.monotonic() + 5  # the first looks at a process that has just begun
+    wait_for(processes, lambda: time.monotonic() > settled)
+    before = value("voluntary_ctxt_switches")
+    waited = time.monotonic() + 3
+    wait_for(processes, lambda: time.monotonic() > waited)
+    assert value("voluntary_ctxt_switches") == before
+    assert value("VmRSS") < 25_000
+    with (directory / f"{NAME}.stats").open("r+b", buffering=0) as page:
+        os.pwrite(page.fileno(), b"\0", 4095)
+    wait_for(processes, lambda: value("voluntary_ctxt_switches") > before)
+
+
+def test_one_that_never_becomes_ready_is_ended(processes: LocalProcesses, netns: Netns) -> None:
+    with pytest.raises(HelperProcessError, match="not ready within 1 s"):
+        processes.start(launch(netns, queues=(7,)))
+    assert not processes.running()
+    assert "not ready within 1 s" in processes.last_words(PROFILE, netns, NAME)
+
+
+def test_one_that_answers_no_packet_is_replaced_within_five_seconds(processes: LocalProcesses, netns: Netns) -> None:
+    rule = f"-I OUTPUT -p udp --dport 6969 -j NFQUEUE --queue-num {QUEUE}"
+    for command in ("ip link set lo up", f"iptables-legacy {rule}"):
+        subprocess.run(["ip", "netns", "exec", netns.label, *command.split()], check=True)
+    processes.start(launch(netns, ("python3", "-I", "-S", "-c", HOLDER, ROOT), queues=(QUEUE,)))
+    idle = time.monotonic() + 5
+    wait_for(processes, lambda: time.monotonic() > idle)
+    assert seen(processes, netns).reason == "", "nothing waits"
+    with entered(netns):
+        sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    with sender:
+        sender.sendto(b"x", ("127.0.0.1", 6969))
+    after = wait_until(processes, netns, restarted(1))
+    assert after.reason == "hung: packets wait, and it answers none"
+
+
+def test_what_it_counts_is_read_while_it_is_there(processes: LocalProcesses, netns: Netns) -> None:
+    processes.start(launch(netns))
+    file = processes.runtime_dir(PROFILE, netns) / "supervisor.json"
+    report = json.loads(file.read_text())
+    file.write_text(json.dumps({**report, "lifetimes": {"ftp-us": {"made": 3, "used": 2}}}))
+    assert processes.lifetimes(PROFILE, netns) == {"ftp-us": Lifetimes(made=3, used=2)}
+    os.kill(supervisor(processes, netns), signal.SIGKILL)
+    wait_for(processes, lambda: not processes.lifetimes(PROFILE, netns))
+
+
+@pytest.mark.parametrize("request_", [b"{}", b"[]", b"nonsense", b'{"do": "start", "name": "none"}', b""])
+def test_a_request_that_is_none_harms_nothing(processes: LocalProcesses, netns: Netns, request_: bytes) -> None:
+    processes.start(launch(netns))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as channel:
+        channel.connect(f"{os.path.relpath(processes.runtime_dir(PROFILE, netns))}/{control.SOCKET}")
+        channel.send(request_)
+        channel.settimeout(30)
+        channel.recv(1000)
+    assert processes.running()[0].watched
