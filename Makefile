@@ -27,7 +27,7 @@ type: setup
 	.venv/bin/mypy
 
 check: lint type ## Lint, types and pure tests, under a minute
-	$(PY) -m pytest -q -m "not kernel and not slow"
+	$(PY) -m pytest -q -m "not kernel and not slow" --hypothesis-profile=quick
 
 test: lab ## Everything: pure tests, and the kernel tests on three kernels
 	$(PY) -m lab.suite

@@ -22,16 +22,28 @@ AT_ONCE = 2
 GUEST_TIMEOUT_S = 1800
 
 # A kernel's tests in parts of about the same length, each for a guest of its own, so that all guests have work to the
-# end. Who is named in the first part is not in the second, and everybody else is.
-FIRST_PART = (
-    "tests/kernel/test_native.py",
-    "tests/kernel/test_native_traffic.py",
-    "tests/kernel/test_oracle.py",
-    "tests/kernel/test_real_software.py",
-    "tests/kernel/test_rule_queueing.py",
-)
+# end, the longest first. Who is named in no part is in the rest.
+NAMED_PARTS = {
+    "traffic": (
+        "tests/kernel/test_native.py",
+        "tests/kernel/test_native_traffic.py",
+        "tests/kernel/test_oracle.py",
+        "tests/kernel/test_real_software.py",
+        "tests/kernel/test_rule_queueing.py",
+    ),
+    "operation": (
+        "tests/kernel/test_doctor.py",
+        "tests/kernel/test_exporter.py",
+        "tests/kernel/test_lifetimes.py",
+        "tests/kernel/test_supervision.py",
+        "tests/kernel/test_verify.py",
+    ),
+}
 KERNEL_TESTS = ("tests/kernel", "tests/contract")
-PARTS = {"first": FIRST_PART, "second": (*KERNEL_TESTS, *(f"--ignore={file}" for file in FIRST_PART))}
+PARTS = {
+    "rest": (*KERNEL_TESTS, *(f"--ignore={file}" for files in NAMED_PARTS.values() for file in files)),
+    **NAMED_PARTS,
+}
 
 
 @dataclass(frozen=True, slots=True)

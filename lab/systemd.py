@@ -50,6 +50,13 @@ class Systemd:
             raise LabError(f"{' '.join(argv)}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
         return done.stdout
 
+    def start(self, unit: str) -> None:
+        """Start a unit and wait until it has. Raises LabError with its journal."""
+        try:
+            self.run("systemctl", "start", unit)
+        except LabError as error:
+            raise LabError(f"{error}\n{self.journal(unit)}") from error
+
     def install(self, name: str, text: str) -> None:
         """Write a unit, or a drop-in such as `orch@.service.d/test.conf`, and have it read."""
         file = self.units / name
@@ -78,10 +85,10 @@ def booted() -> Iterator[Systemd]:
         units = directory / "units"
         _write_units(units)
         _write_settings()
-        heard = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
-        heard.bind(str(directory / "notify"))
-        process = stack.enter_context(_spawned(directory))
-        _wait_booted(heard, process, directory / "console")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as heard:  # it waits for a listener that does not read
+            heard.bind(str(directory / "notify"))
+            process = stack.enter_context(_spawned(directory))
+            _wait_booted(heard, process, directory / "console")
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
         yield Systemd(int(children), units)
 

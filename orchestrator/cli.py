@@ -446,7 +446,15 @@ def _asked_colour(argv: list[str]) -> Colour:
     return Colour(wanted) if wanted in set(Colour) else Colour.AUTO
 
 
+def _open_missing_streams() -> None:
+    """What whoever started us closed leads nowhere; the next file that is opened would take its number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
+
+
 def main() -> None:
+    _open_missing_streams()
     gc.disable()  # a command ends before its garbage matters; looking for it takes a quarter of a large apply
     code = run(sys.argv[1:])
     try:

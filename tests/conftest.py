@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Generator
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("quick", max_examples=25)  # for `make check`; `make test` takes the usual hundred
+
+
+def pytest_configure() -> None:
+    """In a background job of a shell SIGINT is ignored, and so it would be in every program that a test starts."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from orchestrator import catalogue
 from orchestrator.doctor.facts import Facts, Unseen, UnseenError, attaches, listed, nfct, seen
-from orchestrator.doctor.findings import Finding, HostProbe, note, problem, warning
+from orchestrator.doctor.findings import Finding, HostProbe, Verdict, note, problem, warning
 from orchestrator.model import Engine, HelperKey, Registration
 from orchestrator.status import HelperState, HelperStatus, ProfileStatus
 
@@ -46,9 +46,7 @@ def user_namespace(facts: Facts) -> Iterable[Finding]:
 def modules(facts: Facts) -> Iterable[Finding]:
     """What the kernel needs for this; with --probe the kernel itself has answered."""
     if facts.answers is not None:
-        for name, answer in facts.answers.items():
-            if answer:
-                yield problem(f"the kernel has no {name}, or it cannot be loaded: {answer}", _module_cure(facts))
+        yield from _answered(facts, facts.answers)
         return
     missing = [name for name in MODULES if name not in facts.available]
     if missing and not facts.machine.modules_dir:
@@ -58,6 +56,15 @@ def modules(facts: Facts) -> Iterable[Finding]:
         yield problem(f"{listed(waiting)}: not loaded, and loading is off until reboot", "reboot, and load them first")
     elif missing:
         yield problem(f"no kernel module {listed(missing)}", _module_cure(facts))
+
+
+def _answered(facts: Facts, answers: Mapping[str, str]) -> Iterable[Finding]:
+    refused = [name for name, answer in answers.items() if answer.startswith("EPERM")]
+    for name, answer in answers.items():
+        if answer and name not in refused:
+            yield problem(f"the kernel has no {name}, or it cannot be loaded: {answer}", _module_cure(facts))
+    if refused:
+        yield Finding(Verdict.SKIPPED, f"{listed(refused)}: the kernel answers root of the host only; {_ROOT}")
 
 
 def _module_cure(facts: Facts) -> str:
@@ -85,7 +92,7 @@ def programs(facts: Facts) -> Iterable[Finding]:
         (
             "conntrackd",
             "engine conntrackd",
-            any(h.engine is Engine.CONNTRACKD for a in facts.applied for h in a.helpers),
+            _uses_conntrackd(facts),
         ),
     ):
         found = facts.machine.programs.get(name, "")
@@ -183,11 +190,15 @@ def taken_names(facts: Facts) -> Iterable[Finding]:
     used = {module for a in facts.applied for module in a.target.modules}
     idle = {module: taken & wanted for module, taken in facts.kernel_helpers.items() if module not in used}
     names = [f"{name}/{l4proto}" for taken in idle.values() for name, l4proto in taken]
-    if names:
+    if names and (_uses_conntrackd(facts) or facts.machine.programs.get("conntrackd")):
         yield warning(
             f"the kernel's own helpers hold {listed(names)}: engine conntrackd cannot register them",
             f"unless rules use them: rmmod {' '.join(sorted(m for m, t in idle.items() if t))}; or use engine native",
         )
+
+
+def _uses_conntrackd(facts: Facts) -> bool:
+    return any(h.engine is Engine.CONNTRACKD for a in facts.applied for h in a.helpers)
 
 
 def _keys(facts: Facts) -> tuple[HelperKey, ...]:

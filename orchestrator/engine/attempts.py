@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 import linecache
 import sys
+import threading
+import traceback
 from collections.abc import Callable
 
 _KINDS = frozenset({"fcntl", "os", "pty", "resource", "shutil", "signal", "socket", "subprocess", "syslog", "tempfile"})
@@ -22,6 +24,7 @@ def refuse(told: Callable[[str], None]) -> None:
     There is no way back. Tracebacks show the source only where it was read before.
     """
     _forget_sources()
+    sys.unraisablehook = threading.excepthook = _show
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
         if event in _EVENTS or event.partition(".")[0] in _KINDS:
@@ -30,6 +33,12 @@ def refuse(told: Callable[[str], None]) -> None:
             raise PermissionError(errno.EPERM, f"a helper may not do this while it serves: {what}")
 
     sys.addaudithook(hook)
+
+
+def _show(raised: sys.UnraisableHookArgs | threading.ExceptHookArgs) -> None:
+    """Print what a thread or a `__del__` of a helper raised: the interpreter's own way looks for files of source."""
+    if raised.exc_value is not None and not isinstance(raised.exc_value, SystemExit):  # which is how a thread ends
+        traceback.print_exception(raised.exc_value)
 
 
 def _forget_sources() -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from orchestrator.engine import loading
 from orchestrator.engine.api import Helper
@@ -26,12 +26,16 @@ def declaration(helper: type[Helper]) -> dict[str, Any]:
     }
 
 
-def main(kind: str, name: str, program: str) -> None:
+def main(kind: str, name: str, program: str) -> NoReturn:
     """Describe the helper in the `file` called `name`, its source on standard input, or the `installed` one.
 
     `program` is the filter of system calls for code that is loaded, in hexadecimal digits. The answer is
     `{"declared": ...}` or `{"error": ...}` on standard output, and nothing that the helper prints.
     """
+    loading.end_after(lambda: _describe(kind, name, program))
+
+
+def _describe(kind: str, name: str, program: str) -> int:
     from orchestrator.engine import privileges
 
     source = sys.stdin.buffer.read()
@@ -39,6 +43,7 @@ def main(kind: str, name: str, program: str) -> None:
         os.dup2(2, 1)
         privileges.confine_trial(bytes.fromhex(program))
         json.dump(_ask(kind, name, source), answer)
+    return 0
 
 
 def _ask(kind: str, name: str, source: bytes) -> dict[str, Any]:

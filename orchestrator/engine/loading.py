@@ -5,10 +5,14 @@ Whatever is loaded here runs. A helper that is not ours is loaded only where the
 
 from __future__ import annotations
 
+import contextlib
 import linecache  # what it knows it shows in tracebacks, and reads no file
+import os
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
+from typing import NoReturn
 
 from orchestrator.engine.api import Helper
 
@@ -65,6 +69,25 @@ def installed(name: str) -> type[Helper]:
     if isinstance(offered, type) and issubclass(offered, Helper):
         return offered
     raise LoadError(f"{points[0].value} is not a subclass of Helper")
+
+
+def end_after(work: Callable[[], int]) -> NoReturn:
+    """Do the work of a process, and end with its status, or 1, without the finalization of Python.
+
+    What others left in it runs no more, and their threads hold nobody up. Finalization would also end those, for which
+    the C library loads a library: where nothing can be opened any more it is too late for that.
+    """
+    status = 1
+    try:
+        try:
+            status = work()
+        except BaseException:  # noqa: BLE001 (it is told, and it is the end)
+            sys.excepthook(*sys.exc_info())
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):  # a full disk loses what it said, and others may have closed it
+                stream.flush()
+    finally:
+        os._exit(status)
 
 
 def _helper_in(module: ModuleType) -> type[Helper]:

@@ -91,12 +91,17 @@ def own_user(directory: str, name: str) -> User:
 def confine_trial(program: bytes) -> None:
     """Let this process try code of others: no privilege, limits, and the system calls of a filter, for good.
 
-    Root becomes a user of its own, or nobody in a user namespace that has few users. Ended with its parent, for the
-    code may never come back. Raises PrivilegeError, FilterError.
+    Root becomes a user of its own, or nobody in a user namespace that has few users. In one that has no other, root is
+    who made it, and loses its capabilities. Ended with its parent, for the code may never come back. Raises
+    PrivilegeError, FilterError.
     """
     if os.geteuid() == 0:
-        user = own_user("", str(os.getpid()))
-        drop(user if _is_mapped(user.uid) else find_user("nobody"), mask=0)
+        own = own_user("", str(os.getpid()))
+        user = own if _is_mapped(own.uid) else find_user("nobody")
+        if _is_mapped(user.uid):
+            drop(user, mask=0)
+        else:
+            _capset(0, inheritable=0)
     end_with_parent(signal.SIGKILL)
     limit(TRIAL_MEMORY_BYTES)
     seccomp.load(program)

@@ -12,11 +12,9 @@ import sys
 if __name__ == "__main__":  # -I and -S leave the standard library alone on the path; it stays first
     sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))  # noqa: PTH100, PTH120
 
-import contextlib
 import errno
 import faulthandler
 import signal
-from typing import NoReturn
 
 from orchestrator.engine import attempts, loading, netlink, privileges, seccomp
 from orchestrator.engine.api import Helper
@@ -30,6 +28,8 @@ from orchestrator.engine.settings import Settings, parse
 
 QUEUE_LENGTH = 128
 """Packets that may wait in a queue: all of them stand still for as long as a process hangs."""
+
+_STOPS = (signal.SIGTERM,)
 
 
 def main(document: str) -> int:
@@ -57,12 +57,13 @@ def _serve(document: str) -> None:
     privileges.drop(user, mask=privileges.NET_ADMIN)
     privileges.limit(settings.memory_bytes)
     seccomp.load(filters[LOADING_FILTER])
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)  # now: threads of others inherit it, and would end all at once
     if helper is None:  # from here on code of others runs
         helper = loading.from_source(source, settings.file) if settings.file else loading.installed(settings.use)
     inspector = Inspector(_made(helper), _duty(settings), answers)
     lanes = Lanes(inspector, page.counters)
     loop = Loop(queue_socket, answers, inspector, page, accept_verdict=inspector.plain_verdict, shortcut=lanes)
-    stop_on(loop, [signal.SIGTERM])
+    stop_on(loop, _STOPS)
     privileges.start_no_more()
     seccomp.load(filters[SERVING_FILTER])
     attempts.refuse(page.denied)
@@ -139,21 +140,5 @@ def _read_source(file: str, sha256: str) -> bytes:
     return source
 
 
-def _run(document: str) -> NoReturn:
-    """Serve, and end without the finalization of Python: what others left in it runs no more.
-
-    It also ends the thread that waits for signals, for which the C library loads a library: it is too late for that.
-    """
-    status = 1
-    try:
-        status = main(document)
-    except BaseException:  # noqa: BLE001 (it is told, and it is the end)
-        sys.excepthook(*sys.exc_info())
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # a full disk loses what it said
-            stream.flush()
-    os._exit(status)
-
-
 if __name__ == "__main__":
-    _run(sys.argv[1])
+    loading.end_after(lambda: main(sys.argv[1]))

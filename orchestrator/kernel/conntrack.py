@@ -49,11 +49,16 @@ def expectations(netns: Netns) -> dict[str, int]:
 
 def connection_helper(message: bytes) -> str:
     """Helper of one live connection in a dump, empty if it has none or is over; raises DecodeError."""
-    if _tcp_state(message) >= _TCP_LAST_ACK:
+    if is_over(message):
         return ""
     nest = _attribute(message, _CTA_HELP, HEADER_BYTES, len(message))
     name = _attribute(message, _CTA_HELP_NAME, *nest) if nest else None
     return _text(message, name)
+
+
+def is_over(message: bytes) -> bool:
+    """True for a TCP connection of a dump that carries no data any more: it has lost its helper, or will."""
+    return _tcp_state(message) >= _TCP_LAST_ACK
 
 
 def _tcp_state(message: bytes) -> int:

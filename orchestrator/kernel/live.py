@@ -12,7 +12,7 @@ from orchestrator.engine import tuples
 from orchestrator.engine.api import L4, Tuple
 from orchestrator.engine.netlink import DecodeError, attributes
 from orchestrator.errors import KernelError
-from orchestrator.kernel.conntrack import MODULE, connection_helper, expectation_helper
+from orchestrator.kernel.conntrack import MODULE, connection_helper, expectation_helper, is_over
 from orchestrator.kernel.modules import module_present
 from orchestrator.kernel.netlink import HEADER_BYTES, dump, dump_request
 from orchestrator.kernel.netns import entered
@@ -41,8 +41,10 @@ def live_expectations(netns: Netns, l3proto: L3Proto) -> tuple[LiveExpectation, 
 
 
 def decode_connection(message: bytes) -> tuple[L4Proto, LiveConnection]:
-    """One entry of a dump. Raises DecodeError, also for another transport than TCP and UDP."""
+    """One entry of a dump. Raises DecodeError, also for another transport than TCP and UDP, and for one that ended."""
     orig, transport = tuples.decode(attributes(memoryview(message)[HEADER_BYTES:]).get(_CTA_TUPLE_ORIG, b""))
+    if is_over(message):
+        raise DecodeError("a connection that ended")
     return _TRANSPORTS[transport], LiveConnection(_ends(orig), connection_helper(message))
 
 

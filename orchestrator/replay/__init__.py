@@ -38,7 +38,8 @@ def run(request: Request, capture: str) -> Generator[PacketReport | Summary, Non
             stdin=stream,
             stdout=subprocess.PIPE,
             pass_fds=() if source is None else (source,),
-            text=True,
+            encoding="ascii",
+            errors="replace",  # the helper can write there, too
         )
         try:
             yield from _lines(process, capture)
@@ -60,7 +61,7 @@ def _lines(process: subprocess.Popen[str], capture: str) -> Iterator[PacketRepor
     for text in process.stdout:
         try:
             line = report.decode(text)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise HelperProcessError("the helper wrote into the answer of its process") from error
         if isinstance(line, Failure):
             process.wait()

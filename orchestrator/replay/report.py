@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,14 +129,41 @@ def encode(line: Line) -> str:
 
 
 def decode(text: str) -> Line:
-    """The inverse of `encode`; raises ValueError, TypeError or KeyError for anything else."""
+    """The inverse of `encode`; raises ValueError, TypeError, KeyError or RecursionError for anything else.
+
+    A helper could have written it: it has the right types, and no text that a terminal would obey.
+    """
     content = json.loads(text)
+    if not isinstance(content, dict):
+        raise TypeError("not an object")
     kind = _KINDS[content.pop("type")]
     if kind is PacketReport:
         content["expectations"] = tuple(Expected(**expected) for expected in content["expectations"])
         content["rewritten"] = tuple((old, new) for old, new in content["rewritten"])
         content["refused"] = tuple(content["refused"])
-    return kind(**content)
+    line = kind(**content)
+    if not _fits(line, kind):
+        raise ValueError("not of the types of a line, or not printable")
+    return line
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value is of a type that the lines have."""
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return type(value) is hint and all(_fits(getattr(value, name), kind) for name, kind in _fields(hint))
+    kinds = get_args(hint)
+    match get_origin(hint):
+        case None:
+            return type(value) is hint and (hint is not str or str(value).isprintable())
+        case origin if origin is UnionType:
+            return any(_fits(value, kind) for kind in kinds)
+        case origin:
+            return isinstance(value, origin) and all(_fits(item, kinds[0]) for item in value)
+
+
+@cache
+def _fields(kind: type) -> tuple[tuple[str, Any], ...]:
+    return tuple(get_type_hints(kind).items())
 
 
 def decode_request(text: str) -> Request:

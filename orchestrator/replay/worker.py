@@ -13,7 +13,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 from orchestrator.engine import loading, privileges
 from orchestrator.engine.api import Bounds, Direction, Helper
@@ -33,16 +33,19 @@ _LINE_MAX = 200
 _HINT = "orch helpers lists ours, of engine native; the path of a file of your own has a / in it"
 
 
-def main(request: str, source_fd: str, program: str) -> None:
+def main(request: str, source_fd: str, program: str) -> NoReturn:
     """Replay what `request` says; `source_fd` is the open file of a helper of the user's own, negative without one.
 
     `program` is the filter of system calls for code that is loaded, in hexadecimal digits.
     """
+    loading.end_after(lambda: _answer(report.decode_request(request), int(source_fd), program))
+
+
+def _answer(asked: Request, source_fd: int, program: str) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # `orch` gets it too, and ends this process
-    asked = report.decode_request(request)
     source = b""
-    if int(source_fd) >= 0:
-        with os.fdopen(int(source_fd), "rb") as file:
+    if source_fd >= 0:
+        with os.fdopen(source_fd, "rb") as file:
             source = file.read()
     with os.fdopen(os.dup(1), "w") as answer:
         os.dup2(2, 1)  # what a helper prints is no part of the answer
@@ -51,6 +54,7 @@ def main(request: str, source_fd: str, program: str) -> None:
         privileges.confine_trial(bytes.fromhex(program))
         for line in replay(asked, source, sys.stdin.buffer):
             answer.write(report.encode(line) + "\n")
+    return 0
 
 
 def replay(request: Request, source: bytes, stream: BinaryIO) -> Iterator[Line]:
@@ -59,11 +63,10 @@ def replay(request: Request, source: bytes, stream: BinaryIO) -> Iterator[Line]:
         replayed = Replay(_load(request, source)(), request)
     except loading.LoadError as error:
         hint = "" if request.kind == "file" else _HINT
-        yield Failure(f"cannot load {request.name}: {printable(str(error))}", hint)
+        yield Failure(printable(f"cannot load {request.name}: {error}"), hint)
         return
     except Exception as error:  # noqa: BLE001 (anything may be written in a class)
-        reason = printable(f"{type(error).__name__}: {error}")
-        yield Failure(f"what {request.name} declares cannot be read: {reason}")
+        yield Failure(printable(f"what {request.name} declares cannot be read: {type(error).__name__}: {error}"))
         return
     try:
         yield from replayed.reports(stream if stream.seekable() else io.BytesIO(stream.read()))

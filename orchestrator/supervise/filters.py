@@ -57,9 +57,14 @@ _UNKNOWN = -1  # __NR_SCMP_ERROR; other negative numbers are system calls that o
 
 
 def write(directory: Path) -> None:
-    """Write both filters for the helper processes that run in a directory. Raises OSError, PreflightError."""
+    """Write both filters for the helper processes that run in a directory. Raises OSError, PreflightError.
+
+    They are replaced as a whole: a supervisor may start another process at the same time.
+    """
     for name, program in ((LOADING_FILTER, loading()), (SERVING_FILTER, serving())):
-        (directory / name).write_bytes(program)
+        new = directory / f"{name}.new"
+        new.write_bytes(program)
+        new.replace(directory / name)
 
 
 @cache

@@ -29,7 +29,8 @@ from orchestrator.supervise.lifecycle import STOP_WITHIN_S
 from orchestrator.supervise.order import Order
 
 _PROCESS_MARK = "ORCH_PROCESS"
-_TAKEN_WITHIN_S = 5.0
+_TAKEN_WITHIN_S = 10.0
+_STARTED_WITHIN_S = 60.0  # one that dies meanwhile is noticed at once: its socket closes
 _DONE_WITHIN_S = 3 * STOP_WITHIN_S + 5.0
 _CONFINE_SCRIPT = Path(__file__).parents[1] / "engine" / "confine.py"
 _HELPER_SCRIPT = Path(__file__).parents[1] / "engine" / "process.py"
@@ -131,7 +132,7 @@ class LocalProcesses:
                 _ask(directory, {"do": "stop", "name": process.name})
             except SilentError:
                 self._end_supervisors(process.profile, process.netns)
-        if not _is_alive(process.pid):
+        if not _is_there(process):
             return
         for number in (signal.SIGTERM, signal.SIGKILL):
             if _signal_and_wait(process.pid, number, STOP_WITHIN_S):
@@ -211,7 +212,7 @@ class LocalProcesses:
             self._end_supervisors(profile, netns.identity)
             self._start_supervisor(profile, netns)
         try:
-            return _ask(directory, request, within_s)
+            return _ask(directory, request, within_s, taken_within_s=_STARTED_WITHIN_S)
         except SilentError as error:
             words = _tail(directory / supervisor.OWN_LOG, 1)
             raise HelperProcessError(f"{error}{': ' if words else ''}{words}", where=f"netns {netns}") from error
@@ -305,8 +306,14 @@ class LocalProcesses:
         )
 
 
-def _ask(directory: Path, request: Mapping[str, Any], within_s: float = _DONE_WITHIN_S) -> dict[str, Any]:
-    return control.ask(str(directory), request, taken_within_s=_TAKEN_WITHIN_S, done_within_s=within_s)
+def _ask(
+    directory: Path,
+    request: Mapping[str, Any],
+    within_s: float = _DONE_WITHIN_S,
+    *,
+    taken_within_s: float = _TAKEN_WITHIN_S,
+) -> dict[str, Any]:
+    return control.ask(str(directory), request, taken_within_s=taken_within_s, done_within_s=within_s)
 
 
 def _command(spec: ProcessSpec) -> list[str]:
@@ -355,9 +362,10 @@ def _netns_of(pid: int) -> str:
     return f"{status.st_dev}:{status.st_ino}"
 
 
-def _is_alive(pid: int) -> bool:
-    """False for a process that is gone or a zombie that its parent has not noticed yet."""
-    return bool(pid and traces.born(pid))
+def _is_there(process: ProcessSeen) -> bool:
+    """False for one that is gone, a zombie that its parent has not noticed yet, and another one that has its pid."""
+    marks = [mark for kind, mark in _marks_of(process.pid) if kind == _PROCESS_MARK]
+    return any((mark.profile, mark.name) == (process.profile, process.name) for mark in marks)
 
 
 def _age_s(pid: int) -> float:

@@ -126,6 +126,7 @@ class Supervisor(Reactor):
         """Until nothing is left to look after, or `end`."""
         for number in (signal.SIGPIPE, signal.SIGXFSZ):  # those that it starts inherit this, too
             signal.signal(number, signal.SIG_IGN)
+        self.at(time.monotonic(), self._reap)  # what ended before it hears of children
         self.loop(SIGNALS)
 
     def say(self, text: str, level: int = _INFO) -> None:
@@ -479,10 +480,12 @@ class Supervisor(Reactor):
 
     def _succeed_one(self, orders: Order, seen: Mapping[str, Any]) -> None:
         is_alive = seen["pid"] and traces.born(seen["pid"]) == seen["born"]
-        if is_alive:
-            self._adopt(orders, seen["pid"], is_ready=seen["state"] == State.RUNNING)
+        pid = seen["pid"] if is_alive else traces.with_environment(orders.env)  # one of which nothing was written yet
+        if pid:
+            self._adopt(orders, pid, is_ready=is_alive and seen["state"] == State.RUNNING)
             process = self._processes[orders.name]
-            process.life = lifecycle.counted(process.life, restarts=seen["restarts"], reason=seen["reason"])
+            restarts = seen["restarts"] + process.life.restarts  # it may be ready only now
+            process.life = lifecycle.counted(process.life, restarts=restarts, reason=seen["reason"])
             process.since = seen["since"]
         elif seen["state"] == State.FATAL:
             self._add(orders, lifecycle.give_up(orders.policy, str(seen["reason"])))
@@ -522,13 +525,12 @@ class Supervisor(Reactor):
         self.unwatch(channel.fileno())
         try:
             request = control.decode(channel.recv(control.MESSAGE_MAX))
-        except OSError:
+            channel.send(control.encode(control.TAKEN))
+        except OSError:  # nobody waits for it any more
             request = None
         if request is None:
             self._close(channel)
             return
-        with contextlib.suppress(OSError):
-            channel.send(control.encode(control.TAKEN))
         answer = partial(self._reply, channel)
         try:
             self._take(request, answer)
@@ -542,10 +544,10 @@ class Supervisor(Reactor):
                 self._stop(name, begin)
             case {"do": "adopt", "name": str(name), "pid": int(pid)}:
                 known = self._processes.get(name)
-                if known is None or known.life.pid != pid:
-                    self._adopt(Order.read(name), pid, is_ready=True)
-                    self.changed()
-                answer({"pid": pid})
+                if known and known.life.pid == pid:
+                    answer({"pid": pid})
+                else:
+                    self._stop(name, partial(self._take_over, Order.read(name), pid, answer))
             case {"do": "stop", "name": str(name)}:
                 self._stop(name, partial(answer, {}))
             case {"do": "end"}:
@@ -560,6 +562,15 @@ class Supervisor(Reactor):
         self.say(f"{orders.name}: {life.state}")
         self._follow(process, life, acts)
         self.changed()
+
+    def _take_over(self, orders: Order, pid: int, answer: Answer) -> None:
+        try:
+            self._adopt(orders, pid, is_ready=True)
+        except OSError as error:
+            answer({"error": f"pid {pid}: {error.strerror}"})
+            return
+        self.changed()
+        answer({"pid": pid})
 
     def _stop(self, name: str, then: Callable[[], None]) -> None:
         process = self._processes.get(name)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -14,7 +16,7 @@ _SILENT_LOOKS = 2
 
 @dataclass(frozen=True, slots=True)
 class QueueRow:
-    """A bound queue of this namespace: packets that wait for a verdict, and all that came since it was bound."""
+    """A bound queue of this namespace: packets that wait for a verdict, and all that it ever had room for."""
 
     waiting: int
     seen: int
@@ -30,8 +32,8 @@ def queues() -> dict[int, QueueRow]:
         return {}
     rows = {}
     for line in lines:
-        number, _, waiting, copy_mode, _, _, _, seen, *_ = map(int, line.split())
-        rows[number] = QueueRow(waiting, seen, copy_mode == _WHOLE_PACKETS)
+        number, _, waiting, copy_mode, _, _, lost, seen, *_ = map(int, line.split())
+        rows[number] = QueueRow(waiting, seen - lost, copy_mode == _WHOLE_PACKETS)  # lost: no room in the socket
     return rows
 
 
@@ -70,6 +72,25 @@ def born(pid: int) -> int:
     """When a process started, in clock ticks since boot: with its pid, what identifies it. 0 if it is gone."""
     fields = _stat(pid)
     return int(fields[19]) if fields and fields[0] not in "ZX" else 0
+
+
+def with_environment(environment: Mapping[str, str]) -> int:
+    """A process of this network namespace that was started with an environment, and maybe more; 0 if none was."""
+    wanted = {f"{name}={value}".encode() for name, value in environment.items()}
+    for entry in os.listdir("/proc") if wanted else []:  # noqa: PTH208 (a supervisor imports no pathlib)
+        with contextlib.suppress(OSError):
+            if entry.isdigit() and wanted <= _environment(entry) and _netns(entry) == _netns("self"):
+                return int(entry)
+    return 0
+
+
+def _environment(pid: str) -> set[bytes]:
+    with open(f"/proc/{pid}/environ", "rb") as file:  # noqa: PTH123
+        return set(file.read().rstrip(b"\0").split(b"\0"))
+
+
+def _netns(pid: str) -> str:
+    return os.readlink(f"/proc/{pid}/ns/net")  # noqa: PTH115
 
 
 def is_stopped(pid: int) -> bool:

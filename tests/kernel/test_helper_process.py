@@ -115,9 +115,16 @@ def test_it_may_little_and_has_limits(processes: LocalProcesses, netns: Netns) -
 
 
 def test_a_helper_of_ones_own(processes: LocalProcesses, netns: Netns) -> None:
-    processes.start(launch(netns, own_document(), source=OWN_HELPER))
+    """With a thread of its own, which does not keep it from ending in order."""
+    source = f"import threading\nthreading.Thread(target=threading.Event().wait).start()\n{OWN_HELPER}"
+    processes.start(launch(netns, own_document(source), source=source))
     exchange(netns, 2)
     wait_for_packets(processes, netns, 2)
+    (process,) = processes.running()
+    processes.stop(process)
+    told = processes.counters(PROFILE, netns, NAME)
+    assert told is not None
+    assert told.state is State.STOPPING
 
 
 def test_after_a_kill_packets_pass_and_its_successor_begins_anew(processes: LocalProcesses, netns: Netns) -> None:

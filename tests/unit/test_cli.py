@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -163,6 +164,14 @@ def test_status_while_another_orch_works(orch: Terminal) -> None:
     with (orch.directory / "state" / "lock").open("a+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert "another orch is at work right now" in orch("status")[1]
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_that_were_closed_before_the_start(closed: str) -> None:
+    for arguments, code in (("--version", ExitCode.OK), ("explain nobody nobody", ExitCode.USAGE)):
+        command = f'exec "$0" -m orchestrator {arguments} {closed}'
+        done = subprocess.run(["sh", "-c", command, sys.executable], capture_output=True, text=True, check=False)
+        assert (done.returncode, "Traceback" in done.stderr) == (code, False)
 
 
 def test_a_closed_stderr_does_not_stop_the_work(orch: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:

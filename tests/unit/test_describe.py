@@ -114,6 +114,14 @@ def test_code_that_does_not_end_is_ended(directory: Path) -> None:
     assert refusal(file, within_s=0.5) == "its code did not end within 0.5 s"
 
 
+def test_threads_that_it_leaves_hold_nobody_up(directory: Path) -> None:
+    described = describe(
+        write(directory / "own.py", before="import threading as t\nt.Thread(target=t.Event().wait).start()\n")
+    )
+    assert described is not None
+    assert described.summary == "own"
+
+
 def test_the_code_starts_nothing(directory: Path) -> None:
     said = refusal(write(directory / "own.py", before="import os\nos.fork()\n"))
     assert said == "PermissionError: [Errno 1] Operation not permitted (line 2)"

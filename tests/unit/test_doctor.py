@@ -289,6 +289,15 @@ def test_every_probe_is_in_the_documentation() -> None:
     assert told == {probe.name for probe in (*HOST_PROBES, *PLACE_PROBES)}
 
 
+def test_a_kernel_that_would_not_answer_is_not_one_that_lacks_something(sound: Facts) -> None:
+    asked = replace(
+        sound, answers={"nfnetlink_cthelper": "EPERM, list helpers", "nft_ct": "EPERM", "nft_queue": "ENOENT"}
+    )
+    assert [cause for cause in causes(asked, Verdict.PROBLEM) if "nft_queue" not in cause] == []
+    (skipped,) = causes(asked, Verdict.SKIPPED)
+    assert "nfnetlink_cthelper, nft_ct" in skipped
+
+
 @pytest.fixture
 def cli_on(kernel: FakeKernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app_module, "kernel_system", lambda _state: kernel.system())

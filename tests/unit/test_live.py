@@ -45,6 +45,15 @@ def test_a_connection_reads_as_it_was_written(flow: Tuple, transport: L4, helper
     assert decode_connection(bytes(netlink.HEADER_BYTES) + body) == (expected, LiveConnection(ends(flow), helper))
 
 
+@given(flows(), st.integers(1, 9))
+def test_a_tcp_connection_that_ended_is_left_out(flow: Tuple, state: int) -> None:
+    """It looks as if it had no helper, and `orch explain` would call it older than the rules."""
+    body = tuples.encode(1, flow, L4.TCP) + nest(4, nest(1, attribute(1, bytes([state]))))
+    message = bytes(netlink.HEADER_BYTES) + body
+    with pytest.raises(EngineDecodeError) if state >= 6 else contextlib.nullcontext():  # LAST_ACK and what follows
+        assert decode_connection(message)[1] == LiveConnection(ends(flow), "")
+
+
 @given(flows(), flows(), st.sampled_from(L4), st.integers(0, 2**32 - 1))
 def test_an_expectation_reads_as_it_was_written(master: Tuple, flow: Tuple, transport: L4, timeout_s: int) -> None:
     body = tuples.encode(1, master, L4.TCP) + tuples.encode(2, flow, transport) + tuples.encode(3, flow, transport)

@@ -309,6 +309,43 @@ def test_a_process_that_ends_is_an_error(orch: Terminal, body: str, what: str) -
     assert what in err
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="not everybody may make a user namespace")
+def test_a_user_namespace_that_has_root_alone_is_enough(orch: Terminal) -> None:
+    """Such as `unshare -r` makes, and containers of users."""
+    status = "[line for line in open('/proc/self/status') if line.startswith('CapEff')]"
+    argv = ["unshare", "-r", sys.executable, "-m", "orchestrator", "replay", orch.helper(f"print({status})"), FTP_PCAP]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert (done.returncode, set(done.stderr.splitlines())) == (0, {r"['CapEff:\t0000000000000000\n']"})
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        b"\xff",
+        b"5",
+        b"[" * 100_000,
+        b'{"type": "summary", "frames": "\\u001b[31m"}',
+        b'{"type": "summary", "warnings": ["\\u001b[31m"]}',
+        b'{"type": "failure", "what": "\\u001b[31m"}',
+        b'{"type": "failure", "what": "it", "hint": 5}',
+    ],
+)
+def test_a_helper_that_writes_into_the_answer_is_found_out(orch: Terminal, forged: bytes) -> None:
+    write = f"try: os.write(n, {forged!r} + bytes((10,)))"
+    body = f"import os\n        for n in range(3, 9):\n            {write}\n            except OSError: pass"
+    code, out, err = orch(orch.helper(body), FTP_PCAP)
+    assert (code, out) == (1, "")
+    assert err.startswith("error: the helper wrote into the answer of its process\n")
+
+
+@pytest.mark.parametrize("further", ["pass", "raise KeyboardInterrupt"], ids=["at its end", "at an exception"])
+def test_threads_that_a_helper_leaves_hold_nobody_up(orch: Terminal, further: str) -> None:
+    body = f"import threading; threading.Thread(target=threading.Event().wait).start()\n        {further}"
+    argv = [sys.executable, "-m", "orchestrator", "replay", orch.helper(body), FTP_PCAP]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == (0 if further == "pass" else 1), done.stderr
+
+
 def test_a_helper_that_declares_nonsense_is_an_error(orch: Terminal, tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("from orchestrator.engine.api import *\nclass Mine(Helper):\n    summary = 'without serves'\n")
@@ -320,7 +357,6 @@ def test_a_helper_that_declares_nonsense_is_an_error(orch: Terminal, tmp_path: P
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, -15), (signal.SIGKILL, -9)])
 def test_the_process_ends_with_orch(orch: Terminal, number: signal.Signals, code: int) -> None:
     """Standard error, which the process has too, ends only if both have ended."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would orch
     file = orch.helper("print('here', flush=True)\n        while True: pass")
     argv = [sys.executable, "-m", "orchestrator", "replay", file, FTP_PCAP]
     with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:

@@ -205,6 +205,23 @@ def test_a_thread_that_was_there_before_is_held_too() -> None:
 
 
 @needs_root
+@pytest.mark.parametrize(
+    "raises",
+    [
+        "type('Own', (), {'__del__': lambda self: json.loads('x')})()",
+        "try:\n    json.loads('x')\nexcept ValueError:\n"
+        "    threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), None)))",
+    ],
+    ids=["while it is deleted", "in a thread of its own"],
+)
+def test_that_an_exception_is_shown_is_no_attempt(raises: str) -> None:
+    """The interpreter would read the source of what raised it."""
+    show = f"import io\nsys.stderr = shown = io.StringIO()\n{raises}\nnumber = 'JSONDecodeError' in shown.getvalue()\n"
+    program = _PROGRAM.replace("number = eval(action)\n", show)
+    assert attempt("told", "", program) == (True, [], 0)
+
+
+@needs_root
 def test_a_process_that_hangs_can_end_itself() -> None:
     assert attempt("serving", "os.abort()")[2] == -signal.SIGABRT
 
@@ -219,6 +236,18 @@ def test_memory_has_an_end(action: str) -> None:
         "number = eval(action)\n", caught
     )
     assert attempt("serving", "", program) == (errno.ENOMEM, [], 0)
+
+
+def test_a_filter_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    """A supervisor may start another process at the same time: whoever opens the file has all of one filter."""
+    filters.write(tmp_path)
+    for name in (seccomp.LOADING_FILTER, seccomp.SERVING_FILTER):
+        before = (tmp_path / name).stat().st_ino
+        with (tmp_path / name).open("rb") as opened:
+            filters.write(tmp_path)
+            assert (tmp_path / name).stat().st_ino != before
+            assert opened.read() == (tmp_path / name).read_bytes()
+    assert {entry.name for entry in tmp_path.iterdir()} == {seccomp.LOADING_FILTER, seccomp.SERVING_FILTER}
 
 
 def test_what_is_no_filter_is_refused() -> None:

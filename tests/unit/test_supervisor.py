@@ -15,6 +15,8 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,7 @@ from orchestrator.kernel.netns import entered, find
 from orchestrator.model import Netns, ProcessSpec, Restart
 from orchestrator.ports import Launch, Lifetimes, ProcessState, Supervised
 from orchestrator.supervise import control
-from orchestrator.supervise.launcher import LocalProcesses
+from orchestrator.supervise.launcher import LocalProcesses, supervisor_mark
 from orchestrator.supervise.logs import LOG_BYTES
 from orchestrator.supervise.order import Order
 from tests.processes import NAME, PROFILE, local_processes, wait_for
@@ -34,6 +36,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None,
 ROOT = str(Path(__file__).parents[2])
 QUEUE = 20000
 SLEEP = ("sleep", "1000")
+SO_SNDBUFFORCE = 32
 HOLDER = f"""
 import sys, time
 sys.path.append(sys.argv[1])
@@ -53,6 +56,17 @@ page = Page(sys.argv[2])
 page.state = State.READY
 page.beat()
 time.sleep(1000)
+"""
+
+
+UNHEARD = """
+import os, sys
+sys.path.append(sys.argv[1])
+from orchestrator.supervise import control
+from orchestrator.supervise.supervisor import Supervisor
+supervisor = Supervisor(sys.argv[2], sys.argv[3], control.listen(sys.argv[2]))
+os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+supervisor.run()
 """
 
 
@@ -130,6 +144,7 @@ def test_one_that_keeps_dying_is_given_up_with_the_reason(processes: LocalProces
     assert wait_until(processes, netns, restarted(0)).reason == ""
 
 
+@pytest.mark.slow
 def test_a_stopped_one_is_replaced_within_five_seconds(processes: LocalProcesses, netns: Netns) -> None:
     pid = processes.start(launch(netns))
     os.kill(pid, signal.SIGSTOP)
@@ -140,6 +155,7 @@ def test_a_stopped_one_is_replaced_within_five_seconds(processes: LocalProcesses
     wait_until(processes, netns, restarted(1))
 
 
+@pytest.mark.slow
 def test_its_processes_go_on_without_it_and_the_next_one_adopts_them(processes: LocalProcesses, netns: Netns) -> None:
     pid = processes.start(launch(netns))
     os.kill(supervisor(processes, netns), signal.SIGKILL)
@@ -164,6 +180,71 @@ def test_one_that_died_with_its_supervisor_is_taken_up_by_the_next(processes: Lo
     assert wait_until(processes, netns, restarted(1)).reason == "ended while nobody looked after it"
 
 
+def test_one_that_ends_before_its_supervisor_hears_of_children_is_not_forgotten(
+    processes: LocalProcesses, netns: Netns
+) -> None:
+    """A supervisor restarts what its predecessor left dead before it listens to signals."""
+    directory = processes._prepare(launch(netns, ("false",), queues=(7,)))
+    dead = {"state": "running", "pid": 0, "born": 0, "restarts": 0, "since": 0.0, "reason": ""}
+    (directory / "supervisor.json").write_text(json.dumps({"pid": 0, "processes": {NAME: dead}}))
+    environment = {"ORCH_SUPERVISOR": supervisor_mark(processes.state_dir, PROFILE)}
+    argv = [sys.executable, "-I", "-S", "-c", UNHEARD, ROOT, str(directory), str(processes.state_dir)]
+    with entered(netns), subprocess.Popen(argv, env=environment) as successor:
+        try:
+            wait_until(processes, netns, lambda one: one.state is ProcessState.FATAL)
+        finally:
+            successor.kill()
+
+
+def test_what_nobody_waits_for_any_more_is_not_done(processes: LocalProcesses, netns: Netns) -> None:
+    """Who asked has taken back what it did, and holds no lock any more."""
+    directory = processes._prepare(launch(netns))
+    processes._start_supervisor(PROFILE, netns)
+    with control_channel(directory):  # while somebody is connected it does not end
+        pid = supervisor(processes, netns)
+        os.kill(pid, signal.SIGSTOP)
+        with control_channel(directory) as channel:
+            channel.send(control.encode({"do": "start", "name": NAME}))
+        os.kill(pid, signal.SIGCONT)
+        request = {"do": "stop", "name": "none"}
+        assert control.ask(str(directory), request, taken_within_s=30, done_within_s=30) == {}
+        assert not processes.running()
+
+
+def test_one_that_was_started_in_the_last_moment_of_its_supervisor_is_adopted(
+    processes: LocalProcesses, netns: Netns
+) -> None:
+    """Nobody wrote down that it had been started; a second one could not have its queues."""
+    pid = processes.start(launch(netns))
+    os.kill(supervisor(processes, netns), signal.SIGKILL)
+    wait_for(processes, lambda: not processes.supervised(PROFILE, netns))
+    file = processes.runtime_dir(PROFILE, netns) / "supervisor.json"
+    report = json.loads(file.read_text())
+    report["processes"][NAME].update(state="backoff", pid=0, born=0)
+    file.write_text(json.dumps(report))
+    processes._start_supervisor(PROFILE, netns)
+    assert wait_until(processes, netns, restarted(1)).pid == pid
+    assert [process.pid for process in processes.running()] == [pid]
+
+
+def test_of_two_the_one_that_is_to_be_adopted_stays(processes: LocalProcesses, netns: Netns) -> None:
+    """No time of the other one comes any more, and a request for one that is gone harms nothing."""
+    pid = processes.start(launch(netns))
+    order = Order(**json.loads((processes.runtime_dir(PROFILE, netns) / f"{NAME}.order").read_bytes()))
+    with entered(netns), subprocess.Popen(order.argv, env=order.env) as other:
+        try:
+            (twin,) = (process for process in processes.running() if process.pid == other.pid)
+            processes.watch(launch(netns), twin)
+            (process,) = processes.running()
+            assert (process.pid, process.watched) == (other.pid, True)
+            assert not Path(f"/proc/{pid}").exists()
+            with pytest.raises(HelperProcessError, match="cannot look after"):
+                processes.watch(launch(netns), replace(twin, pid=pid))
+        finally:
+            other.kill()
+
+
+@pytest.mark.slow
 def test_one_that_does_not_answer_is_replaced(processes: LocalProcesses, netns: Netns) -> None:
     pid, old = processes.start(launch(netns)), supervisor(processes, netns)
     os.kill(old, signal.SIGSTOP)
@@ -175,10 +256,24 @@ def test_one_that_does_not_answer_is_replaced(processes: LocalProcesses, netns: 
     assert (process.pid, process.watched) == (pid, True)
 
 
+@pytest.mark.slow
 def test_a_stop_is_one_even_if_its_supervisor_is_stopped(processes: LocalProcesses, netns: Netns) -> None:
     processes.start(launch(netns))
     os.kill(supervisor(processes, netns), signal.SIGSTOP)
     processes.stop(processes.running()[0])
+    assert not processes.running()
+
+
+def test_what_has_the_pid_of_one_that_has_ended_is_let_be(processes: LocalProcesses, netns: Netns) -> None:
+    """Between looking and stopping somebody may be asked, for as long as they like."""
+    processes.start(launch(netns))
+    (process,) = processes.running()
+    with subprocess.Popen(SLEEP) as other:
+        try:
+            processes.stop(replace(process, pid=other.pid))
+            assert other.poll() is None
+        finally:
+            other.kill()
     assert not processes.running()
 
 
@@ -212,6 +307,7 @@ def test_a_long_log_is_cut(processes: LocalProcesses, netns: Netns) -> None:
     assert Path(f"{log}.old").read_text().endswith("\nlast\n")
 
 
+@pytest.mark.slow
 def test_it_costs_next_to_nothing_while_nothing_happens(processes: LocalProcesses, netns: Netns) -> None:
     """A native helper has a page: nobody looks at it before it is touched."""
     directory = processes.runtime_dir(PROFILE, netns)
@@ -260,6 +356,7 @@ def test_one_that_never_becomes_ready_is_ended(processes: LocalProcesses, netns:
     assert "not ready within 1 s" in processes.last_words(PROFILE, netns, NAME)
 
 
+@pytest.mark.slow
 def test_one_that_answers_no_packet_is_replaced_within_five_seconds(processes: LocalProcesses, netns: Netns) -> None:
     rule = f"-I OUTPUT -p udp --dport 6969 -j NFQUEUE --queue-num {QUEUE}"
     for command in ("ip link set lo up", f"iptables-legacy {rule}"):
@@ -276,6 +373,28 @@ def test_one_that_answers_no_packet_is_replaced_within_five_seconds(processes: L
     assert after.reason == "hung: packets wait, and it answers none"
 
 
+@pytest.mark.slow
+def test_one_that_hangs_while_more_packets_come_than_fit_is_replaced(processes: LocalProcesses, netns: Netns) -> None:
+    """The kernel counts those that its socket has no room for as seen, too."""
+    rule = f"-I OUTPUT -p udp --dport 6969 -j NFQUEUE --queue-num {QUEUE}"
+    for command in ("ip link set lo up", f"iptables-legacy {rule}"):
+        subprocess.run(["ip", "netns", "exec", netns.label, *command.split()], check=True)
+    processes.start(launch(netns, ("python3", "-I", "-S", "-c", HOLDER, ROOT), queues=(QUEUE,)))
+    with entered(netns):
+        sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sender.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, 1 << 23)  # what waits is in its buffer, too
+
+    def is_found_under_load() -> bool:
+        for _ in range(100):
+            with suppress(OSError):  # that it was dropped is told
+                sender.sendto(bytes(1000), ("127.0.0.1", 6969))
+        return seen(processes, netns).reason != ""
+
+    with sender:
+        wait_for(processes, is_found_under_load)
+    assert seen(processes, netns).reason == "hung: packets wait, and it answers none"
+
+
 def test_what_it_counts_is_read_while_it_is_there(processes: LocalProcesses, netns: Netns) -> None:
     processes.start(launch(netns))
     file = processes.runtime_dir(PROFILE, netns) / "supervisor.json"
@@ -286,11 +405,16 @@ def test_what_it_counts_is_read_while_it_is_there(processes: LocalProcesses, net
     wait_for(processes, lambda: not processes.lifetimes(PROFILE, netns))
 
 
+def control_channel(directory: Path) -> socket.socket:
+    channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    channel.connect(f"{os.path.relpath(directory)}/{control.SOCKET}")
+    return channel
+
+
 @pytest.mark.parametrize("request_", [b"{}", b"[]", b"nonsense", b'{"do": "start", "name": "none"}', b""])
 def test_a_request_that_is_none_harms_nothing(processes: LocalProcesses, netns: Netns, request_: bytes) -> None:
     processes.start(launch(netns))
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as channel:
-        channel.connect(f"{os.path.relpath(processes.runtime_dir(PROFILE, netns))}/{control.SOCKET}")
+    with control_channel(processes.runtime_dir(PROFILE, netns)) as channel:
         channel.send(request_)
         channel.settimeout(30)
         channel.recv(1000)
