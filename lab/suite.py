@@ -33,7 +33,6 @@ NAMED_PARTS = {
     ),
     "operation": (
         "tests/kernel/test_doctor.py",
-        "tests/kernel/test_exporter.py",
         "tests/kernel/test_lifetimes.py",
         "tests/kernel/test_supervision.py",
         "tests/kernel/test_verify.py",

@@ -24,7 +24,7 @@ import pytest
 from orchestrator.errors import HelperProcessError
 from orchestrator.kernel.netns import entered, find
 from orchestrator.model import Netns, ProcessSpec, Restart
-from orchestrator.ports import Launch, Lifetimes, ProcessState, Supervised
+from orchestrator.ports import Launch, Lifetimes, ProcessSeen, ProcessState, Supervised
 from orchestrator.supervise import control
 from orchestrator.supervise.launcher import LocalProcesses, supervisor_mark
 from orchestrator.supervise.logs import LOG_BYTES
@@ -98,6 +98,18 @@ def seen(processes: LocalProcesses, netns: Netns) -> Supervised:
     return next(iter(processes.supervised(PROFILE, netns)))
 
 
+def the_one(processes: LocalProcesses) -> ProcessSeen:
+    """The only process. At the moment in which confine.py becomes the program it has no environment to be known by."""
+    found: list[ProcessSeen] = []
+
+    def is_alone() -> bool:
+        found[:] = processes.running()
+        return len(found) == 1
+
+    wait_for(processes, is_alone)
+    return found[0]
+
+
 def wait_until(processes: LocalProcesses, netns: Netns, holds: Callable[[Supervised], bool]) -> Supervised:
     wait_for(processes, lambda: any(map(holds, processes.supervised(PROFILE, netns))))
     return seen(processes, netns)
@@ -119,7 +131,7 @@ def test_a_dead_one_is_replaced_and_why_is_told(processes: LocalProcesses, netns
     after = wait_until(processes, netns, restarted(1))
     assert after.pid != pid
     assert after.reason == "killed by SIGKILL"
-    (process,) = processes.running()
+    process = the_one(processes)
     assert (process.pid, process.watched) == (after.pid, True)
     assert f"pid {pid} killed by SIGKILL" in processes.last_words(PROFILE, netns, NAME)
     os.kill(after.pid, signal.SIGTERM)
@@ -131,7 +143,7 @@ def test_one_that_is_not_to_be_restarted_is_not(processes: LocalProcesses, netns
     wait_until(processes, netns, lambda one: one.state is ProcessState.FATAL)
     assert not processes.running()
     processes.start(launch(netns))
-    assert wait_until(processes, netns, restarted(0)).pid == processes.running()[0].pid
+    assert wait_until(processes, netns, restarted(0)).pid == the_one(processes).pid
 
 
 def test_one_that_keeps_dying_is_given_up_with_the_reason(processes: LocalProcesses, netns: Netns) -> None:
@@ -160,14 +172,14 @@ def test_its_processes_go_on_without_it_and_the_next_one_adopts_them(processes: 
     pid = processes.start(launch(netns))
     os.kill(supervisor(processes, netns), signal.SIGKILL)
     wait_for(processes, lambda: not processes.supervised(PROFILE, netns))
-    (process,) = processes.running()
+    process = the_one(processes)
     assert (process.pid, process.watched) == (pid, False)
     processes.watch(launch(netns), process)
-    (process,) = processes.running()
+    process = the_one(processes)
     assert (process.pid, process.watched) == (pid, True)
     os.kill(pid, signal.SIGSTOP)
     assert "stopped by a signal" in wait_until(processes, netns, restarted(1)).reason
-    os.kill(processes.running()[0].pid, signal.SIGKILL)
+    os.kill(the_one(processes).pid, signal.SIGKILL)
     assert wait_until(processes, netns, restarted(2)).reason == "killed by SIGKILL"
 
 
@@ -224,7 +236,7 @@ def test_one_that_was_started_in_the_last_moment_of_its_supervisor_is_adopted(
     file.write_text(json.dumps(report))
     processes._start_supervisor(PROFILE, netns)
     assert wait_until(processes, netns, restarted(1)).pid == pid
-    assert [process.pid for process in processes.running()] == [pid]
+    assert the_one(processes).pid == pid
 
 
 def test_of_two_the_one_that_is_to_be_adopted_stays(processes: LocalProcesses, netns: Netns) -> None:
@@ -235,7 +247,7 @@ def test_of_two_the_one_that_is_to_be_adopted_stays(processes: LocalProcesses, n
         try:
             (twin,) = (process for process in processes.running() if process.pid == other.pid)
             processes.watch(launch(netns), twin)
-            (process,) = processes.running()
+            process = the_one(processes)
             assert (process.pid, process.watched) == (other.pid, True)
             assert not Path(f"/proc/{pid}").exists()
             with pytest.raises(HelperProcessError, match="cannot look after"):
@@ -248,11 +260,11 @@ def test_of_two_the_one_that_is_to_be_adopted_stays(processes: LocalProcesses, n
 def test_one_that_does_not_answer_is_replaced(processes: LocalProcesses, netns: Netns) -> None:
     pid, old = processes.start(launch(netns)), supervisor(processes, netns)
     os.kill(old, signal.SIGSTOP)
-    wait_for(processes, lambda: not processes.running()[0].watched)
-    (process,) = processes.running()
+    wait_for(processes, lambda: not the_one(processes).watched)
+    process = the_one(processes)
     processes.watch(launch(netns), process)
     assert supervisor(processes, netns) != old
-    (process,) = processes.running()
+    process = the_one(processes)
     assert (process.pid, process.watched) == (pid, True)
 
 
@@ -260,14 +272,14 @@ def test_one_that_does_not_answer_is_replaced(processes: LocalProcesses, netns: 
 def test_a_stop_is_one_even_if_its_supervisor_is_stopped(processes: LocalProcesses, netns: Netns) -> None:
     processes.start(launch(netns))
     os.kill(supervisor(processes, netns), signal.SIGSTOP)
-    processes.stop(processes.running()[0])
+    processes.stop(the_one(processes))
     assert not processes.running()
 
 
 def test_what_has_the_pid_of_one_that_has_ended_is_let_be(processes: LocalProcesses, netns: Netns) -> None:
     """Between looking and stopping somebody may be asked, for as long as they like."""
     processes.start(launch(netns))
-    (process,) = processes.running()
+    process = the_one(processes)
     with subprocess.Popen(SLEEP) as other:
         try:
             processes.stop(replace(process, pid=other.pid))
@@ -280,7 +292,7 @@ def test_what_has_the_pid_of_one_that_has_ended_is_let_be(processes: LocalProces
 def test_it_ends_with_its_last_process(processes: LocalProcesses, netns: Netns) -> None:
     processes.start(launch(netns))
     pidfd = os.pidfd_open(supervisor(processes, netns))
-    processes.stop(processes.running()[0])
+    processes.stop(the_one(processes))
     assert os.waitid(os.P_PIDFD, pidfd, os.WEXITED) is not None
     os.close(pidfd)
     assert not processes.supervised(PROFILE, netns)
@@ -289,7 +301,7 @@ def test_it_ends_with_its_last_process(processes: LocalProcesses, netns: Netns) 
 def test_what_waits_for_its_restart_is_stopped_too(processes: LocalProcesses, netns: Netns) -> None:
     """And it is told, as there is no process to be found."""
     processes.start(launch(netns))
-    os.kill(processes.running()[0].pid, signal.SIGKILL)
+    os.kill(the_one(processes).pid, signal.SIGKILL)
     os.kill(wait_until(processes, netns, restarted(1)).pid, signal.SIGKILL)
     wait_for(processes, lambda: any(not process.pid for process in processes.running()))
     waiting = next(process for process in processes.running() if not process.pid)
@@ -418,4 +430,4 @@ def test_a_request_that_is_none_harms_nothing(processes: LocalProcesses, netns: 
         channel.send(request_)
         channel.settimeout(30)
         channel.recv(1000)
-    assert processes.running()[0].watched
+    assert the_one(processes).watched
