@@ -45,6 +45,8 @@ class Obedient(Helper):
     def inspect(self, payload, direction, flow, private):
         while payload == b"hang":
             pass
+        if payload == b"eat":
+            self.eaten = b"x" * (40 << 20)
         return NOTHING
 """
 
@@ -224,3 +226,37 @@ def test_one_that_keeps_hanging_is_given_up(obedient: Router) -> None:
     fatal = obedient.local.supervised("own", find(ROUTER))[0]
     assert fatal.reason == "restarted 2 times in 3600 s, the last time: hung: packets wait, and it answers none"
     obey(b"anything")
+
+
+@contextlib.contextmanager
+def little_memory(pid: int, directory: Path) -> Iterator[None]:
+    """A control group in which a process gets 8 MiB more than it has, and is killed if it wants more still.
+
+    The kernel says so on the console, where nobody looks for it: that is off meanwhile.
+    """
+    level = Path("/proc/sys/kernel/printk")
+    before = level.read_text()
+    level.write_text("1")
+    run("mount", "-t", "cgroup2", "none", str(directory))
+    group = directory / "little"
+    try:
+        (directory / "cgroup.subtree_control").write_text("+memory")
+        group.mkdir()
+        (group / "memory.max").write_text("8M")
+        (group / "cgroup.procs").write_text(str(pid))
+        yield
+        group.rmdir()
+    finally:
+        run("umount", str(directory))
+        level.write_text(before)
+
+
+def test_one_that_the_kernel_kills_for_want_of_memory_is_replaced_and_that_is_told(
+    obedient: Router, tmp_path: Path
+) -> None:
+    obedient.apply()  # it was given up above
+    tmp_path.mkdir(exist_ok=True)
+    with little_memory(obedient.process().pid, tmp_path):
+        obey(b"eat")
+        until(lambda: obedient.local.supervised("own", find(ROUTER))[0].restarts == 1, "it is replaced")
+    assert obedient.local.supervised("own", find(ROUTER))[0].reason == "killed by SIGKILL: out of memory"
