@@ -7,6 +7,7 @@ leaves what it said last.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import mmap
 import os
 import time
@@ -86,9 +87,7 @@ class Page:
 
     def __init__(self, path: str) -> None:
         """Create the page; one of that name that another process still writes stays its own. Raises OSError."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)  # noqa: PTH108
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        self._descriptor = _open_own(path)
         os.posix_fallocate(self._descriptor, 0, _PAGE_SIZE)  # writing to memory without a disk behind it would kill us
         self._memory = mmap.mmap(self._descriptor, _PAGE_SIZE)
         self._pid = os.getpid()
@@ -125,6 +124,18 @@ class Page:
             *(*_values(counters), self._note),
         )
         _SEQUENCE.pack_into(memory, _LAST_AT, beats)
+
+
+def _open_own(path: str) -> int:
+    """A file that no other process writes. That of a dead one is taken over: a full disk may have room for no other."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        os.unlink(path)  # noqa: PTH108
+        return _open_own(path)
+    return descriptor
 
 
 def read(path: str) -> Snapshot:

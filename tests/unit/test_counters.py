@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import threading
 from dataclasses import fields
@@ -97,3 +98,16 @@ def test_what_is_no_page_is_refused(path: str, content: bytes) -> None:
     Path(path).write_bytes(content)
     with pytest.raises(ValueError, match=r"page|empty"):
         counters.read(path)
+
+
+def test_the_page_of_a_dead_process_is_taken_over(path: str) -> None:
+    """A full disk has no room for another."""
+    program = (
+        "import sys; sys.path.append(sys.argv[2]); from orchestrator.engine.counters import Page; Page(sys.argv[1])"
+    )
+    subprocess.run([sys.executable, "-c", program, path, str(Path(counters.__file__).parents[2])], check=True)
+    inode = Path(path).stat().st_ino
+    page = Page(path)
+    assert Path(path).stat().st_ino == inode
+    page.beat()
+    assert counters.read(path).pid == os.getpid()

@@ -31,7 +31,10 @@ from orchestrator.supervise.logs import LOG_BYTES
 from orchestrator.supervise.order import Order
 from tests.processes import NAME, PROFILE, local_processes, wait_for
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and ip(8)")
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and ip(8)"),
+    pytest.mark.slow,  # real processes, which are waited for
+]
 
 ROOT = str(Path(__file__).parents[2])
 QUEUE = 20000
@@ -156,7 +159,6 @@ def test_one_that_keeps_dying_is_given_up_with_the_reason(processes: LocalProces
     assert wait_until(processes, netns, restarted(0)).reason == ""
 
 
-@pytest.mark.slow
 def test_a_stopped_one_is_replaced_within_five_seconds(processes: LocalProcesses, netns: Netns) -> None:
     pid = processes.start(launch(netns))
     os.kill(pid, signal.SIGSTOP)
@@ -167,7 +169,6 @@ def test_a_stopped_one_is_replaced_within_five_seconds(processes: LocalProcesses
     wait_until(processes, netns, restarted(1))
 
 
-@pytest.mark.slow
 def test_its_processes_go_on_without_it_and_the_next_one_adopts_them(processes: LocalProcesses, netns: Netns) -> None:
     pid = processes.start(launch(netns))
     os.kill(supervisor(processes, netns), signal.SIGKILL)
@@ -256,7 +257,6 @@ def test_of_two_the_one_that_is_to_be_adopted_stays(processes: LocalProcesses, n
             other.kill()
 
 
-@pytest.mark.slow
 def test_one_that_does_not_answer_is_replaced(processes: LocalProcesses, netns: Netns) -> None:
     pid, old = processes.start(launch(netns)), supervisor(processes, netns)
     os.kill(old, signal.SIGSTOP)
@@ -268,7 +268,6 @@ def test_one_that_does_not_answer_is_replaced(processes: LocalProcesses, netns: 
     assert (process.pid, process.watched) == (pid, True)
 
 
-@pytest.mark.slow
 def test_a_stop_is_one_even_if_its_supervisor_is_stopped(processes: LocalProcesses, netns: Netns) -> None:
     processes.start(launch(netns))
     os.kill(supervisor(processes, netns), signal.SIGSTOP)
@@ -319,7 +318,6 @@ def test_a_long_log_is_cut(processes: LocalProcesses, netns: Netns) -> None:
     assert Path(f"{log}.old").read_text().endswith("\nlast\n")
 
 
-@pytest.mark.slow
 def test_it_costs_next_to_nothing_while_nothing_happens(processes: LocalProcesses, netns: Netns) -> None:
     """A native helper has a page: nobody looks at it before it is touched."""
     directory = processes.runtime_dir(PROFILE, netns)
@@ -368,7 +366,6 @@ def test_one_that_never_becomes_ready_is_ended(processes: LocalProcesses, netns:
     assert "not ready within 1 s" in processes.last_words(PROFILE, netns, NAME)
 
 
-@pytest.mark.slow
 def test_one_that_answers_no_packet_is_replaced_within_five_seconds(processes: LocalProcesses, netns: Netns) -> None:
     rule = f"-I OUTPUT -p udp --dport 6969 -j NFQUEUE --queue-num {QUEUE}"
     for command in ("ip link set lo up", f"iptables-legacy {rule}"):
@@ -385,7 +382,6 @@ def test_one_that_answers_no_packet_is_replaced_within_five_seconds(processes: L
     assert after.reason == "hung: packets wait, and it answers none"
 
 
-@pytest.mark.slow
 def test_one_that_hangs_while_more_packets_come_than_fit_is_replaced(processes: LocalProcesses, netns: Netns) -> None:
     """The kernel counts those that its socket has no room for as seen, too."""
     rule = f"-I OUTPUT -p udp --dport 6969 -j NFQUEUE --queue-num {QUEUE}"
