@@ -28,6 +28,7 @@ from orchestrator.state import (
     Observed,
     Owner,
     Plan,
+    Wanted,
 )
 from orchestrator.status import HostStatus, ProfileStatus, lost_profile, profile_status
 
@@ -118,27 +119,31 @@ class App:
         target = self._concrete(target)
         with self._locked(ledger, f"apply {desired.source}"):
             self._settle(ledger)
-            owner = self._owner(desired)
-            observed, plan = self._plan(ledger, owner, target)
-            if plan.refusals:
-                raise PlanRefusedError(plan.refusals)
-            if not plan.is_empty and (ask or plan.cut) and not self.talk.confirm(plan, _what_is_cut(plan)):
-                return Report(plan, declined=True)
-            if ask or plan.cut:
-                again = self._plan(ledger, owner, target)[1]
-                if (again.steps, again.refusals) != (plan.steps, plan.refusals):
-                    raise StalePlanError("plan is stale: the system changed meanwhile", hint="run it again")
-            if plan.is_empty:
-                self._remember(ledger, desired, target, observed)
-                return Report(plan, notes=plan.kept)
-            plan = relaunchable(plan, lambda p: _launch_of(p, observed))
-            tx = ledger.begin("apply", owner)
-            execution = Execution(self.system, ledger, plan, tx, self.talk.step, self.talk.interrupted)
-            self._run(execution, ledger, tx)
-            self._verify(execution, ledger, tx, desired, target)
-            return Report(
-                plan, notes=(*plan.kept, *self._filter_notes(owner.netns), *self._queue_notes(owner.netns, target))
-            )
+            helpers = tuple(HelperSummary(h.name, h.engine, h.keys) for h in desired.helpers)
+            wanted = Wanted(self._owner(desired), desired.source, target, helpers)
+            return self._establish(ledger, wanted, ask=ask)
+
+    def _establish(self, ledger: Ledger, wanted: Wanted, *, ask: bool) -> Report:
+        """Plan, ask, carry out, verify; under the lock, with nothing unsettled."""
+        observed, plan = self._plan(ledger, wanted.owner, wanted.target)
+        if plan.refusals:
+            raise PlanRefusedError(plan.refusals)
+        if not plan.is_empty and (ask or plan.cut) and not self.talk.confirm(plan, _what_is_cut(plan)):
+            return Report(plan, declined=True)
+        if ask or plan.cut:
+            again = self._plan(ledger, wanted.owner, wanted.target)[1]
+            if (again.steps, again.refusals) != (plan.steps, plan.refusals):
+                raise StalePlanError("plan is stale: the system changed meanwhile", hint="run it again")
+        if plan.is_empty:
+            self._remember(ledger, wanted, observed)
+            return Report(plan, notes=plan.kept)
+        plan = relaunchable(plan, lambda p: _launch_of(p, observed))
+        tx = ledger.begin("apply", wanted.owner)
+        execution = Execution(self.system, ledger, plan, tx, self.talk.step, self.talk.interrupted)
+        self._run(execution, ledger, tx)
+        self._verify(execution, ledger, tx, wanted)
+        netns = wanted.owner.netns
+        return Report(plan, notes=(*plan.kept, *self._filter_notes(netns), *self._queue_notes(netns, wanted.target)))
 
     def _plan(self, ledger: Ledger, owner: Owner, target: Target) -> tuple[Observed, Plan]:
         observer = Observer(self.system, ledger)
@@ -162,10 +167,10 @@ class App:
             ledger.settle(tx)
             raise OrchError(str(error)) from error
 
-    def _verify(self, execution: Execution, ledger: Ledger, tx: int, desired: Desired, target: Target) -> None:
+    def _verify(self, execution: Execution, ledger: Ledger, tx: int, wanted: Wanted) -> None:
         """Only an empty plan is success; what differs now, or cannot be looked at, is undone."""
         try:
-            applied, problems = self._look_again(ledger, desired, target)
+            applied, problems = self._look_again(ledger, wanted)
         except EXPECTED as error:
             applied, problems = None, (str(error),)
         if applied is not None and not problems:
@@ -178,43 +183,42 @@ class App:
         ledger.settle(tx)
         raise failure
 
-    def _look_again(self, ledger: Ledger, desired: Desired, target: Target) -> tuple[Applied, tuple[str, ...]]:
+    def _look_again(self, ledger: Ledger, wanted: Wanted) -> tuple[Applied, tuple[str, ...]]:
         """What the ledger will say, and what is not as it should be."""
-        owner = self._owner(desired)
-        applied = self._applied(desired, target, self._listing(owner, target))
+        owner, target = wanted.owner, wanted.target
+        applied = self._applied(wanted)
         observed = Observer(self.system, ledger).observe(owner, target, applied=applied)
-        wanted = launches(owner.profile, owner.netns, target.processes, target.documents)
-        again = plan_apply(target, wanted, observed, owner)
+        again = plan_apply(
+            target, launches(owner.profile, owner.netns, target.processes, target.documents), observed, owner
+        )
         attached = {a.key for a in target.attachments}
         missing = sorted(attached - applied.baseline.helpers)
         problems = [f"{c.subject}: {c.detail} {c.reason}".strip(": ") for c in again.changes]
         problems += [f"rules do not attach {key}" for key in missing]
         return applied, tuple(problems)
 
-    def _listing(self, owner: Owner, target: Target) -> Listing:
-        listing = self.system.rules[target.rules.backend].listing(owner.netns, owner.profile)
-        return listing or Listing(target.rules.backend, "", "", frozenset())
-
-    def _applied(self, desired: Desired, target: Target, baseline: Listing) -> Applied:
+    def _applied(self, wanted: Wanted) -> Applied:
+        """What the ledger is to remember, with how the rules list now."""
+        backend = self.system.rules[wanted.target.rules.backend]
+        listing = backend.listing(wanted.owner.netns, wanted.owner.profile)
         return Applied(
-            owner=self._owner(desired),
-            source=desired.source,
+            owner=wanted.owner,
+            source=wanted.source,
             applied_at=time.time(),
-            target=target,
-            baseline=baseline,
-            tool=self.system.rules[target.rules.backend].version(),
-            helpers=tuple(HelperSummary(h.name, h.engine, h.keys) for h in desired.helpers),
+            target=wanted.target,
+            baseline=listing or Listing(wanted.target.rules.backend, "", "", frozenset()),
+            tool=backend.version(),
+            helpers=wanted.helpers,
         )
 
-    def _remember(self, ledger: Ledger, desired: Desired, target: Target, observed: Observed) -> None:
+    def _remember(self, ledger: Ledger, wanted: Wanted, observed: Observed) -> None:
         """Write down what is there already but the ledger does not know: it was lost, or another version wrote it."""
         applied = observed.applied
-        same = applied is not None and applied.target == target and applied.source == desired.source
-        listing = _own_listing(observed, target)
+        same = applied is not None and applied.target == wanted.target and applied.source == wanted.source
+        listing = _own_listing(observed, wanted.target)
         if same and applied and listing and applied.baseline == listing:
             return
-        applied = self._applied(desired, target, self._listing(self._owner(desired), target))
-        ledger.settle_applied(None, applied, live=self._live_keys())
+        ledger.settle_applied(None, self._applied(wanted), live=self._live_keys())
 
     def _filter_notes(self, netns: Netns) -> tuple[str, ...]:
         try:

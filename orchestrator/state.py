@@ -42,6 +42,16 @@ class HelperSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is to be made true for a profile in a namespace; `source` is the file that says so."""
+
+    owner: Owner
+    source: str
+    target: Target
+    helpers: tuple[HelperSummary, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Applied:
     """What the ledger keeps of an applied profile: what was made true, and how its rules listed right after loading.
 
@@ -59,6 +69,11 @@ class Applied:
     @property
     def registrations(self) -> tuple[Registration, ...]:
         return (*self.target.registrations, *self.target.stock)
+
+    @property
+    def wanted(self) -> Wanted:
+        """What must be so for this to be true again."""
+        return Wanted(self.owner, self.source, self.target, self.helpers)
 
 
 @dataclass(frozen=True, slots=True)
