@@ -4,7 +4,7 @@ KERNEL ?= 6.1
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab fmt lint type check test test-vm soak vm-shell demo golden manual man fuzz bench wheel clean
+.PHONY: help setup lab fmt lint type units laws check test test-vm soak vm-shell demo golden manual man fuzz bench wheel clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -26,8 +26,17 @@ lint: setup
 type: setup
 	.venv/bin/mypy
 
-check: lint type ## Lint, types and pure tests, under a minute
-	$(PY) -m pytest -q -m "not kernel and not slow" --hypothesis-profile=quick
+check: setup ## Lint, types and pure tests, under a minute
+	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target units laws type lint
+
+# Fewer examples of each law, and nothing that takes long: make check.
+QUICK := $(PY) -m pytest -q -p tests.quick -m "not kernel and not slow"
+
+units: setup
+	$(QUICK) tests --ignore=tests/property
+
+laws: setup
+	$(QUICK) tests/property
 
 test: lab ## Everything: pure tests, and the kernel tests on three kernels
 	$(PY) -m lab.suite
@@ -51,8 +60,9 @@ man: lab ## Build the pages for man(1) into dist/man
 	$(PY) -m lab.inside -- $(PY) -m lab.manual --roff dist/man
 
 soak: lab ## Kill helper processes under traffic, KILLS times in each queueing: make soak KILLS=200
-	$(PY) -m lab.vm run --kernel $(KERNEL) --cpus 1 --timeout 7200 -- env ORCH_KILLS=$(or $(KILLS),1000) \
-		$(PY) -m pytest -q -m kernel tests/kernel/test_supervision.py -k killed
+	$(PY) -m lab.vm run --kernel $(KERNEL) --cpus 1 --timeout 7200 -- env ORCH_KILLS=$(or $(KILLS),1000) ORCH_FAULTS=all \
+		ORCH_UPDATES=$(or $(UPDATES),50) $(PY) -m pytest -q -m kernel -k "killed or missed" \
+		tests/kernel/test_supervision.py tests/kernel/test_zero_gap.py tests/kernel/test_faults.py
 
 fuzz: setup ## Random input for every parser: make fuzz ARGS="--seconds 600"
 	$(PY) -m tests.fuzz $(ARGS)

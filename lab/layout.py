@@ -12,6 +12,9 @@ PROMTOOL = CACHE / "promtool" / "promtool"
 # Environment variable that tells a command that the sysroot is visible: "guest" in a guest, "host" in a namespace.
 INSIDE_VARIABLE = "LAB_INSIDE"
 
+# Environment variable that is set where tests run on all kernels, one after the other: some of them take turns then.
+TURNS_VARIABLE = "LAB_TURNS"
+
 
 class LabError(Exception):
     """The lab cannot go on; the message says why and what to do."""

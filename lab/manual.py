@@ -29,6 +29,7 @@ _SHARED_BY = 3  # an option that so many commands have is described once
 _FILES = {
     "/run/orch/ledger.sqlite": "What is applied in which namespace, who uses which registration, and what was begun.",
     "/run/orch/lock": "The lock of this host; it names its holder.",
+    "/run/orch/watchdog.log": "What was undone because nobody confirmed it.",
     "/run/orch/*PROFILE*@*NAMESPACE*": "Runtime files of a profile: what helper processes were told, logs, counters.",
 }
 _ENVIRONMENT = """Every option has a variable: ORCH\\_ and its long name in capitals, as **ORCH\\_STATE\\_DIR** for

@@ -1,4 +1,4 @@
-"""All tests: the pure ones here, the kernel ones in virtual machines, two at a time; one summary at the end.
+"""All tests: the pure ones here, the kernel ones in virtual machines, two runs at a time; one summary at the end.
 
 python3 -m lab.suite runs everything; with --kernel only the kernel tests of one kernel, and arguments for pytest.
 The logs and JUnit files are .cache/results/KERNEL-PART.log and .xml.
@@ -15,27 +15,34 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab.layout import CACHE, REPOSITORY, Kernel
+from lab.layout import CACHE, REPOSITORY, TURNS_VARIABLE, Kernel
 
 RESULTS = CACHE / "results"
+HOST = "host"
 AT_ONCE = 2
 GUEST_TIMEOUT_S = 1800
 
 # A kernel's tests in parts of about the same length, each for a guest of its own, so that all guests have work to the
-# end, the longest first. Who is named in no part is in the rest.
+# end. Who is named in no part is in the rest, which is the longest: one kernel alone has the tests with systemd.
 NAMED_PARTS = {
-    "traffic": (
+    "native": (
         "tests/kernel/test_native.py",
         "tests/kernel/test_native_traffic.py",
-        "tests/kernel/test_oracle.py",
-        "tests/kernel/test_real_software.py",
         "tests/kernel/test_rule_queueing.py",
     ),
-    "operation": (
+    "sessions": (
         "tests/kernel/test_doctor.py",
         "tests/kernel/test_lifetimes.py",
-        "tests/kernel/test_supervision.py",
+        "tests/kernel/test_oracle.py",
+        "tests/kernel/test_real_software.py",
         "tests/kernel/test_verify.py",
+    ),
+    "changes": (
+        "tests/kernel/test_drift.py",
+        "tests/kernel/test_faults.py",
+        "tests/kernel/test_namespaces.py",
+        "tests/kernel/test_supervision.py",
+        "tests/kernel/test_zero_gap.py",
     ),
 }
 KERNEL_TESTS = ("tests/kernel", "tests/contract")
@@ -63,7 +70,8 @@ class Result:
 
 def pure() -> Result:
     """The tests that need no kernel of ours, with the sysroot's tools in sight; what cannot run is a failure."""
-    return _run("host", [sys.executable, "-m", "lab.inside", "--"], ["-m", "not kernel"], is_live=True)
+    arguments = ["-m", "not kernel", "--durations=10"]
+    return _run(HOST, [sys.executable, "-m", "lab.inside", "--"], arguments, is_live=False)
 
 
 def kernel(key: str, arguments: Sequence[str], *, name: str, is_live: bool) -> Result:
@@ -79,7 +87,8 @@ def _run(name: str, prefix: list[str], arguments: list[str], *, is_live: bool) -
     junit, log = RESULTS / f"{name}.xml", RESULTS / f"{name}.log"
     junit.unlink(missing_ok=True)
     command = [*prefix, ".venv/bin/python", "-m", "pytest", "-q", f"--junitxml={junit}", *arguments]
-    environment = {**os.environ, "ORCH_REQUIRE": "1"}
+    turns = {} if is_live else {TURNS_VARIABLE: "1"}  # one run of many, or the only one
+    environment = {**os.environ, "ORCH_REQUIRE": "1", **turns}
     start = time.monotonic()
     if is_live:
         code = subprocess.run(command, cwd=REPOSITORY, env=environment, stdin=subprocess.DEVNULL).returncode
@@ -116,20 +125,20 @@ def together(name: str, parts: Sequence[Result]) -> Result:
 
 
 def everything() -> list[Result]:
-    results = [pure()]
-    parts: dict[Kernel, list[Result]] = {key: [] for key in Kernel}
+    """All of it, two runs at a time; the pure tests are one: they use one processor at most, and often wait."""
+    results: dict[str, list[Result]] = {name: [] for name in (HOST, *Kernel)}
     with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
-        jobs = {
+        jobs = {pool.submit(pure): HOST} | {
             pool.submit(kernel, key, files, name=f"{key}-{part}", is_live=False): key
             for part, files in PARTS.items()
             for key in Kernel
         }
         for job in concurrent.futures.as_completed(jobs):
             result = job.result()
-            print(f"\n=== kernel {result.name} ===", flush=True)
+            print(f"\n=== {result.name}: {result.seconds:.0f} s ===", flush=True)
             print((RESULTS / f"{result.name}.log").read_text(errors="replace"), end="", flush=True)
-            parts[jobs[job]].append(result)
-    return [*results, *(together(key, parts[key]) for key in Kernel)]
+            results[jobs[job]].append(result)
+    return [together(name, parts) for name, parts in results.items()]
 
 
 def main() -> int:

@@ -21,8 +21,12 @@ from lab.layout import INSIDE_VARIABLE, LabError
 
 PROGRAM = Path("/lib/systemd/systemd")
 SHIPPED_UNITS = Path("/lib/systemd/system")
+UNIT_DIR = Path("/etc/systemd/system")
 # What a unit with default dependencies refers to; those of Debian pull in udev, tmpfiles and others.
-TARGETS = ("sysinit", "basic", "multi-user", "shutdown", "umount", "final", "exit")
+TARGETS = (
+    *("sysinit", "basic", "multi-user", "network-pre", "network-online"),
+    *("shutdown", "umount", "final", "exit"),
+)
 JOURNAL_UNITS = ("systemd-journald.service", "systemd-journald.socket", "systemd-journald-dev-log.socket")
 
 _BOOTED_WITHIN_S = 120
@@ -35,7 +39,7 @@ _SETTINGS = {
 
 @dataclass(frozen=True, slots=True)
 class Systemd:
-    """A running one: `pid` is its process 1 as the guest sees it, `units` the directory that it reads units from."""
+    """A running one: `pid` is its process 1 as the guest sees it, `units` what it has instead of UNIT_DIR."""
 
     pid: int
     units: Path
@@ -121,11 +125,12 @@ def _spawned(directory: Path) -> Iterator[subprocess.Popen[bytes]]:
         "LANG": "C.UTF-8",
         "NOTIFY_SOCKET": str(directory / "notify"),
         "PATH": os.environ["PATH"],
-        "SYSTEMD_UNIT_PATH": str(directory / "units"),
+        "SYSTEMD_UNIT_PATH": str(UNIT_DIR),
     }
+    mounted = 'mount --bind "$1" "$2" && exec "$3" --unit=lab.target --log-target=console'
     with (directory / "console").open("wb") as output:
         process = subprocess.Popen(
-            ["unshare", *namespaces, str(PROGRAM), "--unit=lab.target", "--log-target=console"],
+            ["unshare", *namespaces, "sh", "-c", mounted, "sh", str(directory / "units"), str(UNIT_DIR), str(PROGRAM)],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

@@ -5,21 +5,31 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator.errors import OrchError, RollbackError, StalePlanError, VerifyError
-from orchestrator.execute import EXPECTED, Execution, lead_back
+from orchestrator.errors import OrchError, RefusedError, RollbackError, StalePlanError, VerifyError
+from orchestrator.execute import EXPECTED, Execution
 from orchestrator.journal import Ledger
 from orchestrator.launches import launches
-from orchestrator.model import Backend, Desired, Document, HelperKey, Listing, Netns, Registration, Status, Target
+from orchestrator.model import Backend, Desired, Document, HelperKey, Listing, Netns, Status, Target
 from orchestrator.observe import Observer, or_nothing
 from orchestrator.plan import plan_apply, plan_teardown, relaunchable
+from orchestrator.plan_registrations import registrations_of
 from orchestrator.ports import Launch, ProcessSeen, System
-from orchestrator.reports import Difference, PlanRefusedError, Report, Talk, TeardownReport
+from orchestrator.reports import (
+    Difference,
+    PlanRefusedError,
+    Report,
+    Talk,
+    TeardownReport,
+    Trial,
+    worth_trying,
+)
+from orchestrator.settle import Settling
 from orchestrator.state import (
     Applied,
     DeleteRegistration,
@@ -27,10 +37,12 @@ from orchestrator.state import (
     HelperSummary,
     Observed,
     Owner,
+    Pending,
     Plan,
+    Unsettled,
     Wanted,
 )
-from orchestrator.status import HostStatus, ProfileStatus, lost_profile, profile_status
+from orchestrator.status import HostStatus, ProfileStatus, Waiting, lost_profile, profile_status
 
 if TYPE_CHECKING:
     from orchestrator.supervise.launcher import LocalProcesses
@@ -96,9 +108,13 @@ class App:
     def diff(self, desired: Desired, target: Target) -> Difference:
         """What apply would do now; reads only."""
         ledger = self._open(create=False)
+        for unsettled in ledger.left_alone():
+            self.talk.warn(f"{unsettled.sentence}: the next apply or teardown {unsettled.remedy}")
+        for pending in ledger.pending():
+            self.talk.warn(f"{pending.owner} waits for its confirmation: until then nothing is applied")
         owner = self._owner(desired)
         target = self._concrete(target)
-        observed, plan = self._plan(ledger, owner, target)
+        observed, plan = self.plan(ledger, owner, target)
         listing = _own_listing(observed, target)
         applied = observed.applied
         shown = applied.target.rules if applied and listing and applied.target.rules.digest == listing.digest else None
@@ -113,39 +129,58 @@ class App:
             live_listing=listing.text if drifted and listing else "",
         )
 
-    def apply(self, desired: Desired, target: Target, *, ask: bool) -> Report:
+    def apply(self, desired: Desired, target: Target, *, ask: bool, trial: Trial | None = None) -> Report:
         """Make the target true, or leave everything as it was. Raises PlanRefusedError before the first effect."""
-        ledger = self._open(create=True)
         target = self._concrete(target)
-        with self._locked(ledger, f"apply {desired.source}"):
-            self._settle(ledger)
+        owner = self._owner(desired)
+        with self.settled(f"apply {desired.source}", renewed=owner) as ledger:
+            self.refuse_while_pending(ledger)
             helpers = tuple(HelperSummary(h.name, h.engine, h.keys) for h in desired.helpers)
-            wanted = Wanted(self._owner(desired), desired.source, target, helpers)
-            return self._establish(ledger, wanted, ask=ask)
+            wanted = Wanted(owner, desired.source, target, helpers)
+            ledger.forget_mending(wanted.owner)
+            return self.establish(ledger, wanted, ask=ask, trial=trial)
 
-    def _establish(self, ledger: Ledger, wanted: Wanted, *, ask: bool) -> Report:
-        """Plan, ask, carry out, verify; under the lock, with nothing unsettled."""
-        observed, plan = self._plan(ledger, wanted.owner, wanted.target)
+    def establish(
+        self, ledger: Ledger, wanted: Wanted, *, ask: bool, trial: Trial | None = None, is_rollback: bool = False
+    ) -> Report:
+        """Plan, ask, carry out, verify; under the lock, with nothing unsettled. A rollback ends a trial."""
+        self._recognise(ledger, wanted.owner.netns)
+        observed, plan = self.plan(ledger, wanted.owner, wanted.target)
         if plan.refusals:
             raise PlanRefusedError(plan.refusals)
+        trial = worth_trying(trial, wanted, plan, observed)
         if not plan.is_empty and (ask or plan.cut) and not self.talk.confirm(plan, _what_is_cut(plan)):
             return Report(plan, declined=True)
         if ask or plan.cut:
-            again = self._plan(ledger, wanted.owner, wanted.target)[1]
+            again = self.plan(ledger, wanted.owner, wanted.target)[1]
             if (again.steps, again.refusals) != (plan.steps, plan.refusals):
                 raise StalePlanError("plan is stale: the system changed meanwhile", hint="run it again")
         if plan.is_empty:
-            self._remember(ledger, wanted, observed)
+            self._remember(ledger, wanted, observed, is_rollback=is_rollback)
             return Report(plan, notes=plan.kept)
         plan = relaunchable(plan, lambda p: _launch_of(p, observed))
-        tx = ledger.begin("apply", wanted.owner)
+        now_s = self.system.clock.boottime()
+        pending = trial.begin(wanted, observed.applied, now_s=now_s) if trial else None
+        tx = ledger.begin("rollback" if is_rollback else "apply", wanted.owner, plan.steps, pending=pending)
+        if trial is not None:
+            self._guard(ledger, tx, trial)
         execution = Execution(self.system, ledger, plan, tx, self.talk.step, self.talk.interrupted)
         self._run(execution, ledger, tx)
-        self._verify(execution, ledger, tx, wanted)
+        self._verify(execution, ledger, tx, wanted, is_rollback=is_rollback)
         netns = wanted.owner.netns
-        return Report(plan, notes=(*plan.kept, *self._filter_notes(netns), *self._queue_notes(netns, wanted.target)))
+        notes = (*plan.kept, *self._filter_notes(netns), *self._queue_notes(netns, wanted.target))
+        return Report(plan, notes=notes, pending=pending)
 
-    def _plan(self, ledger: Ledger, owner: Owner, target: Target) -> tuple[Observed, Plan]:
+    def _guard(self, ledger: Ledger, tx: int, trial: Trial) -> None:
+        """Nothing is done before somebody is there who undoes it."""
+        try:
+            trial.guard()
+        except EXPECTED:
+            _settle_undone(ledger, tx)
+            raise
+
+    def plan(self, ledger: Ledger, owner: Owner, target: Target) -> tuple[Observed, Plan]:
+        """What is there, and what would make the target true; reads only."""
         observer = Observer(self.system, ledger)
         wanted = launches(owner.profile, owner.netns, target.processes, target.documents)
         observed = observer.observe(owner, target)
@@ -161,26 +196,32 @@ class App:
         except RollbackError:
             raise  # the journal keeps what is half-done: the next command takes it up
         except OrchError:
-            ledger.settle(tx)
+            _settle_undone(ledger, tx)
             raise
         except (OSError, ValueError) as error:
-            ledger.settle(tx)
+            _settle_undone(ledger, tx)
             raise OrchError(str(error)) from error
 
-    def _verify(self, execution: Execution, ledger: Ledger, tx: int, wanted: Wanted) -> None:
-        """Only an empty plan is success; what differs now, or cannot be looked at, is undone."""
+    def _verify(self, execution: Execution, ledger: Ledger, tx: int, wanted: Wanted, *, is_rollback: bool) -> None:
+        """Only an empty plan is success; what differs now, or cannot be looked at or written down, is undone."""
         try:
             applied, problems = self._look_again(ledger, wanted)
         except EXPECTED as error:
             applied, problems = None, (str(error),)
+        failure: OrchError = VerifyError("the system is not as declared after all steps: " + "; ".join(problems))
         if applied is not None and not problems:
-            ledger.settle_applied(tx, applied, live=self._live_keys())
-            return
+            try:
+                half_done = ledger.unsettled(wanted.owner)
+                ledger.settle_applied(
+                    tx, applied, live=self._live_keys(), is_rollback=is_rollback, instead_of=half_done
+                )
+                return
+            except OrchError as error:
+                failure = error
         leftovers = execution.undo()
-        failure = VerifyError("the system is not as declared after all steps: " + "; ".join(problems))
         if leftovers:
             raise RollbackError(failure, leftovers)
-        ledger.settle(tx)
+        _settle_undone(ledger, tx)
         raise failure
 
     def _look_again(self, ledger: Ledger, wanted: Wanted) -> tuple[Applied, tuple[str, ...]]:
@@ -211,14 +252,16 @@ class App:
             helpers=wanted.helpers,
         )
 
-    def _remember(self, ledger: Ledger, wanted: Wanted, observed: Observed) -> None:
+    def _remember(self, ledger: Ledger, wanted: Wanted, observed: Observed, *, is_rollback: bool) -> None:
         """Write down what is there already but the ledger does not know: it was lost, or another version wrote it."""
         applied = observed.applied
         same = applied is not None and applied.target == wanted.target and applied.source == wanted.source
-        listing = _own_listing(observed, wanted.target)
-        if same and applied and listing and applied.baseline == listing:
+        listing, half_done = _own_listing(observed, wanted.target), ledger.unsettled(wanted.owner)
+        if same and applied and listing and applied.baseline == listing and not (is_rollback or half_done):
             return
-        ledger.settle_applied(None, self._applied(wanted), live=self._live_keys())
+        ledger.settle_applied(
+            None, self._applied(wanted), live=self._live_keys(), is_rollback=is_rollback, instead_of=half_done
+        )
 
     def _filter_notes(self, netns: Netns) -> tuple[str, ...]:
         try:
@@ -247,17 +290,22 @@ class App:
 
         `desired` and `target` are what the profile's file says, for its namespace and for when the ledger is lost.
         """
-        ledger = self._open(create=True)
-        with self._locked(ledger, f"teardown {wanted}".strip()):
-            self._settle(ledger)
-            owners = (*ledger.owners(), *Observer(self.system, ledger).strays())
+        here = None if every_netns else self._here(desired)
+
+        def is_asked_for(owner: Owner) -> bool:
+            return here in (None, owner.netns.identity) and wanted in ("", owner.profile)
+
+        with self.settled(f"teardown {wanted}".strip(), is_forgiven=is_asked_for) as ledger:
+            half_done = (unsettled.owner for unsettled in ledger.unsettled())
+            owners = (*half_done, *ledger.owners(), *Observer(self.system, ledger).strays())
             everything = {(o.profile, o.netns.identity): o for o in owners}
             if desired is not None and not every_netns:
                 owner = self._owner(desired)
                 everything.setdefault((owner.profile, owner.netns.identity), owner)
-            here = None if every_netns else self._here(desired)
-            mine = [o for o in everything.values() if here in (None, o.netns.identity) and wanted in ("", o.profile)]
+            mine = [owner for owner in everything.values() if is_asked_for(owner)]
             others = tuple(o for o in everything.values() if o not in mine)
+            if any(Observer(self.system, ledger).is_there(owner.netns) for owner in mine):
+                self.refuse_while_pending(ledger, is_asked_for)
             mine = [self._reachable(ledger, owner) for owner in mine]
             # Every question comes before the first effect; each plan is made when those before it are carried out,
             # as two profiles may share what the last of them takes away.
@@ -271,34 +319,40 @@ class App:
         return self.system.host.find_netns(name).identity
 
     def _reachable(self, ledger: Ledger, owner: Owner) -> Owner:
-        """A namespace whose name was deleted lives on while a process of ours runs in it: go in through that one."""
+        """A namespace whose name was deleted lives on while orch, or a process of ours, runs in it: go in there."""
         if Observer(self.system, ledger).is_there(owner.netns):
             return owner
-        inside = [p.pid for p in self.system.processes.running() if p.netns == owner.netns.identity]
-        path = f"/proc/{inside[0]}/ns/net" if inside else owner.netns.path
+        path = owner.netns.path
+        inside = [p.pid for p in self.system.processes.running() if p.pid and p.netns == owner.netns.identity]
+        if (here := self.system.host.find_netns("")).identity == owner.netns.identity:
+            path = here.path
+        elif inside:
+            path = f"/proc/{inside[0]}/ns/net"
         return replace(owner, netns=replace(owner.netns, path=path))
 
     def _plan_removal(self, ledger: Ledger, owner: Owner, target: Target | None) -> tuple[Observed, Plan]:
         observed = Observer(self.system, ledger).observe(owner, None, is_thorough=True)
-        mine = _mine(observed, target if target and target.profile == owner.profile else None)
+        half_done = [r for unsettled in ledger.unsettled(owner) for r in unsettled.registrations]
+        mine = registrations_of(observed, target if target and target.profile == owner.profile else None, half_done)
         return observed, plan_teardown(observed, owner, mine)
 
-    def _teardown_one(self, ledger: Ledger, owner: Owner, target: Target | None) -> Report:
+    def _teardown_one(self, ledger: Ledger, owner: Owner, target: Target | None = None) -> Report:
         observed, plan = self._plan_removal(ledger, owner, target)
         for sentence in self._drop_warnings(plan, owner):
             self.talk.warn(sentence)
         plan = relaunchable(plan, lambda p: _launch_of(p, observed))
-        tx = ledger.begin("teardown", owner)
+        tx = ledger.begin("teardown", owner, plan.steps, instead_of=ledger.unsettled(owner))
         execution = Execution(self.system, ledger, plan, tx, self.talk.step, self.talk.interrupted)
         try:
             leftovers = execution.run_all()
         except RollbackError:
             raise
         except OrchError:
-            ledger.settle(tx)
+            _settle_undone(ledger, tx)
             raise
         if leftovers:
-            ledger.settle(tx)  # the profile stays in the ledger: status shows what is left, and teardown tries again
+            if observed.applied is not None:
+                ledger.settle(tx)  # the ledger knows the profile: status shows what is left, and teardown tries again
             return Report(plan, leftovers=leftovers, notes=plan.kept)
         ledger.settle_removed(tx, owner, live=self._live_keys())
         self.system.processes.cleanup(owner.profile, owner.netns)
@@ -323,34 +377,75 @@ class App:
             return ()
         return (f"kernel {release} drops the packets that wait in other queues of the host now: {'; '.join(foreign)}",)
 
+    # -- what has to be confirmed -------------------------------------------------------------------------------------
+
+    def roll_back(self, ledger: Ledger, pending: Pending) -> Report:
+        """Make true again what was before an apply that nobody confirmed; nobody is asked, and no signal stops it.
+
+        Under the lock, with nothing unsettled.
+        """
+        willing = replace(self, talk=replace(self.talk, confirm=lambda _plan, _reason: True, interrupted=lambda: 0))
+        if pending.prior is None:
+            return willing._teardown_one(ledger, self._reachable(ledger, pending.owner), None)
+        return willing.establish(ledger, pending.prior.wanted, ask=False, is_rollback=True)
+
+    def _roll_back_overdue(self, ledger: Ledger, is_forgiven: Callable[[Owner], bool]) -> None:
+        """Do what a watchdog should have done; what fails is tried again by the next command."""
+        for pending in ledger.pending():
+            if self.system.clock.boottime() < pending.deadline_s or is_forgiven(pending.owner):
+                continue
+            self.talk.warn(f"the apply of {pending.owner} was not confirmed in time: undoing it")
+            try:
+                left = self.roll_back(ledger, pending).leftovers
+            except RollbackError:
+                raise
+            except OrchError as error:
+                left = (str(error),)
+            for sentence in left:
+                self.talk.warn(f"it could not be undone: {sentence}")
+
+    def refuse_while_pending(self, ledger: Ledger, is_forgiven: Callable[[Owner], bool] = lambda _: False) -> None:
+        """What is done meanwhile might stand in the way back; what should have been undone by now may be forgiven."""
+        for pending in ledger.pending():
+            if self.system.clock.boottime() >= pending.deadline_s and is_forgiven(pending.owner):
+                continue
+            name = pending.owner.profile
+            raise RefusedError(
+                f"{pending.owner} waits for its confirmation", hint=f"orch confirm {name}, or orch rollback {name}"
+            )
+
     # -- status -------------------------------------------------------------------------------------------------------
 
     def applied(self, wanted: str = "") -> tuple[Applied, ...]:
         """What the ledger remembers of every namespace (or one, if it was named) and every profile (or one)."""
-        with contextlib.closing(self._open(create=False)) as ledger:
-            return tuple(applied for applied in ledger.applied() if self._is_asked_for(applied.owner, wanted))
+        with self.reading() as ledger:
+            return tuple(applied for applied in ledger.applied() if self.is_asked_for(applied.owner, wanted))
 
     def status(self, wanted: str = "") -> HostStatus:
         """Every namespace (or one, if it was named), every profile (or one), and what is not as it was applied."""
         ledger = self._open(create=False)
 
         def is_wanted(owner: Owner) -> bool:
-            return self._is_asked_for(owner, wanted)
+            return self.is_asked_for(owner, wanted)
 
         # The table of connections is long, and several profiles may share it.
         connections = functools.cache(self._connections)
+        trials = self._trials(ledger)
         return HostStatus(
             profiles=tuple(
-                self._profile_status(ledger, applied, connections)
+                replace(
+                    self._profile_status(ledger, applied, connections),
+                    trial=trials.get((applied.owner.profile, applied.owner.netns.identity)),
+                )
                 for applied in ledger.applied()
                 if is_wanted(applied.owner)
             ),
             unknown=tuple(filter(is_wanted, Observer(self.system, ledger).strays())),
-            unsettled=() if ledger.is_locked() else tuple(f"{u.command} of {u.owner}" for u in ledger.unsettled()),
+            unsettled=ledger.left_alone(),
             working=ledger.is_locked(),
         )
 
-    def _is_asked_for(self, owner: Owner, wanted: str) -> bool:
+    def is_asked_for(self, owner: Owner, wanted: str) -> bool:
         only = None if self.netns is None else self.system.host.find_netns(self.netns).identity
         return wanted in ("", owner.profile) and only in (None, owner.netns.identity)
 
@@ -361,10 +456,18 @@ class App:
         try:
             if not Observer(self.system, ledger).is_there(owner.netns):
                 raise OrchError("it is gone; orch teardown --all takes away what is left of it")
-            observed, plan = self._plan(ledger, owner, applied.target)
+            observed, plan = self.plan(ledger, owner, applied.target)
         except OrchError as error:
             return lost_profile(applied, str(error))
-        return profile_status(applied, observed, plan, self.system, connections(owner.netns))
+        seen = profile_status(applied, observed, plan, self.system, connections(owner.netns))
+        return replace(seen, mending=ledger.mending(owner).trouble)
+
+    def _trials(self, ledger: Ledger) -> Mapping[tuple[str, str], Waiting]:
+        now_s, is_watched = self.system.clock.boottime(), ledger.is_watched()
+        return {
+            (p.owner.profile, p.owner.netns.identity): Waiting(p.deadline_s - now_s, is_watched)
+            for p in ledger.pending()
+        }
 
     def _connections(self, netns: Netns) -> Mapping[str, int] | None:
         """Live connections by helper name; None where the kernel did not list them."""
@@ -375,32 +478,56 @@ class App:
 
     # -- shared -------------------------------------------------------------------------------------------------------
 
+    def reading(self) -> AbstractContextManager[Ledger]:
+        """The ledger, for those that only look."""
+        return contextlib.closing(self._open(create=False))
+
+    @contextlib.contextmanager
+    def settled(
+        self, command: str, *, is_forgiven: Callable[[Owner], bool] = lambda _: False, renewed: Owner | None = None
+    ) -> Iterator[Ledger]:
+        """The ledger, locked for `command`, with nothing unfinished in it: how every command that writes begins.
+
+        What a killed command left is undone or finished first; raises RollbackError if that fails now, but for those
+        owners who are forgiven, as they are torn down anyway, and for the one who is applied anew.
+        """
+        with contextlib.closing(self._open(create=True)) as ledger, self._locked(ledger, command):
+            self._settle(ledger, is_forgiven, renewed)
+            self._roll_back_overdue(ledger, is_forgiven)
+            self._forget_history(ledger)
+            yield ledger
+
     def _open(self, *, create: bool) -> Ledger:
         return Ledger.open(self.state_dir, boot_id=self.boot_id, create=create)
 
     def _live_keys(self) -> tuple[HelperKey, ...]:
         return tuple(r.key for r in self.system.registry.dump())
 
-    def _forget_replaced(self, ledger: Ledger) -> None:
-        """The kernel gives the inode of a deleted namespace to the next one: that one has nothing of ours.
+    def _forget_replaced(self, ledger: Ledger, places: Iterable[Netns]) -> None:
+        """The kernel gives the inode of a deleted namespace to another one: that one has nothing of ours."""
+        for netns in filter(Observer(self.system, ledger).is_another, places):
+            for owner in ledger.owners():
+                if owner.netns.identity != netns.identity:
+                    continue
+                ledger.settle_removed(None, owner, live=self._live_keys())
+                self.system.processes.cleanup(owner.profile, owner.netns)
+                self.talk.warn(f"netns {owner.netns} is gone, and profile {owner.profile} with it")
 
-        The same namespace under another name is told by our rules or processes in it.
-        """
+    def _forget_history(self, ledger: Ledger) -> None:
+        """Where a namespace is gone nothing can be applied again."""
+        applied = {(owner.profile, owner.netns.identity) for owner in ledger.owners()}
         observer = Observer(self.system, ledger)
-        there = {netns.identity: netns for netns in self.system.host.known_netns()}
-        for owner in ledger.owners():
-            netns = there.get(owner.netns.identity)
-            if netns is None or netns.path == owner.netns.path or observer.is_there(owner.netns):
-                continue
-            look = observer.observe(replace(owner, netns=netns), None)
-            if look.processes or look.listings:
-                continue
-            ledger.settle_removed(None, owner, live=self._live_keys())
-            self.talk.warn(f"netns {owner.netns} is gone, and profile {owner.profile} with it")
+        for owner in ledger.remembered():
+            if (owner.profile, owner.netns.identity) not in applied and not observer.is_there(owner.netns):
+                ledger.forget_history(owner)
+
+    def _recognise(self, ledger: Ledger, netns: Netns) -> None:
+        self._forget_replaced(ledger, (netns,))
+        ledger.recognise(netns, self.system.host.netns_cookie(netns))
 
     def _locked(self, ledger: Ledger, command: str) -> AbstractContextManager[None]:
         clock, interrupted = self.system.clock, self.talk.interrupted
-        return ledger.locked(command, wait_s=self.wait_s, clock=clock, interrupted=interrupted)
+        return ledger.locked(command, wait_s=self.wait_s, clock=clock, interrupted=interrupted, say=self.talk.warn)
 
     def _owner(self, desired: Desired) -> Owner:
         name = desired.netns if self.netns is None else self.netns
@@ -412,55 +539,35 @@ class App:
             return target
         return replace(target, rules=replace(target.rules, backend=self.system.host.iptables_variant()))
 
-    def _settle(self, ledger: Ledger) -> None:
-        """Undo what a killed command had begun, and forget profiles of namespaces whose identity is another's now."""
-        self._forget_replaced(ledger)
-        for unsettled in ledger.unsettled():
-            self.talk.warn(f"{unsettled.command} of {unsettled.owner} was not finished: undoing it")
-            steps = [(n, step) for n, (step, _) in enumerate(unsettled.begun)]
-            netns = unsettled.owner.netns
-            leftovers = lead_back(steps, self.system, netns, self.talk.step, undone=lambda _: None)
-            ledger.settle(unsettled.id)
-            for sentence in leftovers:
-                self.talk.warn(sentence)
+    def _settle(self, ledger: Ledger, is_forgiven: Callable[[Owner], bool], renewed: Owner | None) -> None:
+        """Take up what killed commands left, and forget profiles of namespaces whose identity is another's now."""
+
+        def reach(owner: Owner) -> Netns | None:
+            netns = self._reachable(ledger, owner).netns
+            return netns if Observer(self.system, ledger).is_there(netns) else None
+
+        def finish(unsettled: Unsettled) -> tuple[str, ...]:
+            return self._teardown_one(ledger, self._reachable(ledger, unsettled.owner)).leftovers
+
+        Settling(self.system, ledger, self.talk, reach, finish, is_forgiven, renewed).run()
+        self._forget_replaced(ledger, self.system.host.known_netns())
 
 
-def _mine(observed: Observed, target: Target | None) -> tuple[Registration, ...]:
-    """The live registrations that belong to a profile: by the ledger; else by its file and its own rules.
-
-    Without either, a stock registration of ours is known by carrying, disabled, the queue number of an attached one.
-    """
-    if observed.applied is not None:
-        # With those that no profile uses any more: an earlier teardown had to leave them.
-        unused = [r for key, r in observed.recorded.items() if key not in observed.users]
-        return tuple({r.key: r for r in (*unused, *observed.applied.registrations)}.values())
-    attached = {key for listing in observed.listings for key in listing.helpers}
-    ours = [r for r in observed.registrations if r.key in attached]
-    served = {(r.queue_num, r.key.l3proto, r.key.l4proto) for r in ours}
-    stock = [
-        r
-        for r in observed.registrations
-        if r.status is Status.DISABLED
-        and r.key not in attached
-        and (r.queue_num, r.key.l3proto, r.key.l4proto) in served
-    ]
-    wanted = {r.key: r for r in (*target.registrations, *target.stock)} if target else {}
-    exact = [
-        r
-        for r in observed.registrations
-        if r.key in wanted and replace(r, status=Status.DISABLED) == replace(wanted[r.key], status=Status.DISABLED)
-    ]
-    return tuple({r.key: r for r in (*ours, *stock, *exact)}.values())
+def _settle_undone(ledger: Ledger, tx: int) -> None:
+    """Nothing is left of a transaction. If that cannot be written (a full disk), the next command undoes it again."""
+    with contextlib.suppress(OrchError):
+        ledger.settle(tx)
 
 
 def _launch_of(process: ProcessSeen, observed: Observed) -> Launch | None:
-    """How a running process was started, from the ledger."""
+    """How a running process was started, from the ledger; with another digest where an earlier orch started it."""
     if observed.applied is None:
         return None
     known = launches(
         process.profile, observed.netns, observed.applied.target.processes, observed.applied.target.documents
     )
-    return next((launch for launch in known if launch.digest == process.digest), None)
+    exactly = next((launch for launch in known if launch.digest == process.digest), None)
+    return exactly or next((launch for launch in known if launch.spec.name == process.name), None)
 
 
 def _own_listing(observed: Observed, target: Target) -> Listing | None:

@@ -13,11 +13,25 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from orchestrator import __version__, complete
-from orchestrator.commands import completion, doctor, events, explain, exporter, status, verify
+from orchestrator.commands import (
+    completion,
+    confirm,
+    doctor,
+    enable,
+    events,
+    explain,
+    exporter,
+    history,
+    rollback,
+    status,
+    verify,
+    watch,
+)
 from orchestrator.commands import run as runs
 from orchestrator.errors import Interrupted, OrchError, ProfileError, RollbackError, UsageError
 from orchestrator.session import (
     DEFAULT_STATE,
+    AskOption,
     Colour,
     ColourOption,
     ExitCode,
@@ -161,8 +175,24 @@ def apply(
         bool, typer.Option("--dry-run", envvar="ORCH_DRY_RUN", help="The same as diff, output and exit code.")
     ] = False,
     is_full: FullOption = False,
-    ask: Annotated[
-        bool, typer.Option("--ask", envvar="ORCH_ASK", help="Show the plan and ask before it runs.")
+    ask: AskOption = False,
+    confirm_within_s: Annotated[
+        float | None,
+        typer.Option(
+            "--confirm-within",
+            envvar="ORCH_CONFIRM_WITHIN",
+            min=0,
+            metavar="SECONDS",
+            help="Undo it after so many seconds, unless it is confirmed; 0 keeps it. Default: the profile's.",
+        ),
+    ] = None,
+    accepts_loss: Annotated[
+        bool,
+        typer.Option(
+            "--accept-connection-loss",
+            envvar="ORCH_ACCEPT_CONNECTION_LOSS",
+            help="Live connections may lose their helper, although that cannot be undone.",
+        ),
     ] = False,
     is_yes: YesOption = False,
     wait_s: WaitOption = 10.0,
@@ -179,14 +209,19 @@ def apply(
         return _diff(session, profile, netns=netns, is_full=is_full, templates=templates, state_dir=state_dir)
     from orchestrator.views import human, machine
 
-    session.is_yes = is_yes
+    session.is_yes = is_yes or (accepts_loss and not ask)
     desired = load(profile)
     target = render_target(desired, templates)
     warn_all(session, desired)
+    app = make_app(session, netns=netns, state_dir=state_dir, wait_s=wait_s)
+    within_s = desired.confirm_within_s if confirm_within_s is None else confirm_within_s
+    trial = confirm.new_trial(app, within_s, accepts_loss=accepts_loss) if within_s else None
     with session.catching_signals():
-        report = make_app(session, netns=netns, state_dir=state_dir, wait_s=wait_s).apply(desired, target, ask=ask)
-    for note in report.notes:
-        session.warn(note)
+        report = app.apply(desired, target, ask=ask, trial=trial)
+        for note in report.notes:
+            session.warn(note)
+        if report.pending:
+            return confirm.ask(session, app, report, report.pending, is_asked=not is_yes)
     if report.declined:
         return session.result(ExitCode.DECLINED, "Nothing was changed.\n", report=machine.report_value(report))
     return session.result(ExitCode.OK, human.applied_text(report, desired.source), report=machine.report_value(report))
@@ -248,6 +283,9 @@ def _what_to_remove(profile: str, templates: Path | None) -> tuple[str, Desired 
         ) from error
 
 
+cli.command(epilog="orch confirm; orch confirm ftp --netns blue")(confirm.confirm)
+cli.command(epilog="orch rollback; orch rollback ftp --netns blue --to 3")(rollback.rollback)
+cli.command(epilog="orch history; orch history ftp --netns blue")(history.history)
 cli.command(epilog="orch status; orch status ftp --watch --interval 5")(status.status)
 cli.command(epilog="orch events; orch events ftp --json --count 10")(events.events)
 
@@ -341,6 +379,9 @@ cli.command(epilog="orch doctor; orch doctor --probe -v")(doctor.doctor)
 cli.command(epilog="orch explain 10.0.0.2 192.0.2.1:21; orch explain [fd00::2]:40000 [fd00::1]:69 udp")(explain.explain)
 cli.command(epilog="orch exporter; orch exporter --textfile /var/lib/node_exporter/orch.prom")(exporter.exporter)
 cli.command(epilog="orch run profiles/ftp.yaml --netns blue")(runs.run)
+cli.command(epilog="orch watch; orch watch ftp --netns blue --dry-run")(watch.watch)
+cli.command(epilog="orch enable /etc/orch/ftp.yaml --now; orch enable profiles/ftp.yaml --dry-run")(enable.enable)
+cli.command(epilog="orch disable ftp --now")(enable.disable)
 cli.command(epilog="orch verify profiles/ftp.yaml")(verify.verify)
 cli.command(epilog="orch completion bash > /etc/bash_completion.d/orch")(completion.completion)
 

@@ -30,10 +30,15 @@ def parse_registrations(text: str) -> tuple[tuple[Registration, ...], tuple[Regi
     return attached, stock
 
 
-def parse_processes(text: str) -> tuple[ProcessSpec, ...]:
-    """supervise.yaml: the helper processes. Raises ValueError."""
-    document = _mapping(_yaml(text), {"processes"}, "document")
-    return tuple(_process(item, f"processes[{i}]") for i, item in enumerate(_list(document["processes"], "processes")))
+def parse_supervise(text: str) -> tuple[tuple[ProcessSpec, ...], bool]:
+    """supervise.yaml: the helper processes, and whether their supervisor has drift mended. Raises ValueError."""
+    tree = _yaml(text)
+    tree = {"reconcile": False, **tree} if isinstance(tree, dict) else tree
+    document = _mapping(tree, {"processes", "reconcile"}, "document")
+    if not isinstance(document["reconcile"], bool):
+        raise ValueError("reconcile: must be true or false")
+    items = enumerate(_list(document["processes"], "processes"))
+    return tuple(_process(item, f"processes[{i}]") for i, item in items), document["reconcile"]
 
 
 def parse_helper(text: str) -> Settings:

@@ -17,6 +17,7 @@ from orchestrator.ports import Processes, ProcessState, Supervised
 from orchestrator.state import Applied, Owner
 from orchestrator.supervise import inotify
 from orchestrator.supervise.inotify import Inotify
+from orchestrator.supervise.lifecycle import HUNG
 from orchestrator.supervise.lifetimes import Expected, Fate, Listener, Tracker
 
 _RUNTIME_CHANGES = inotify.MOVED_IN | inotify.CREATED | inotify.DELETED
@@ -37,6 +38,7 @@ class Life(StrEnum):
     STARTED = "started"
     RESTARTED = "restarted"
     DIED = "died"
+    HUNG = "hung"
     STOPPED = "stopped"
     FATAL = "fatal"
 
@@ -67,7 +69,10 @@ def lives(before: tuple[Supervised, ...], after: tuple[Supervised, ...]) -> Iter
     """What became of the processes of one supervisor between two of its reports."""
     known = {process.name: process for process in before}
     for process in after:
-        life = _life(known.pop(process.name, None), process)
+        known_as = known.pop(process.name, None)
+        if _has_hung(known_as, process):
+            yield Life.HUNG, process
+        life = _life(known_as, process)
         if life:
             yield life, process
     yield from ((Life.STOPPED, process) for process in known.values() if process.state is not ProcessState.FATAL)
@@ -75,11 +80,23 @@ def lives(before: tuple[Supervised, ...], after: tuple[Supervised, ...]) -> Iter
 
 def _life(before: Supervised | None, now: Supervised) -> Life | None:
     """None for what needs no line: a process that is as it was, or is being started or stopped."""
-    if before and (before.state, before.pid, before.restarts) == (now.state, now.pid, now.restarts):
+    if before and _mark(before) == _mark(now):
         return None
     if now.state is ProcessState.RUNNING:
         return Life.RESTARTED if now.restarts else Life.STARTED
     return {ProcessState.BACKOFF: Life.DIED, ProcessState.FATAL: Life.FATAL}.get(now.state)
+
+
+def _has_hung(before: Supervised | None, now: Supervised) -> bool:
+    """Its end may be over when it is seen: then its replacement tells why there is one."""
+    if before is None or _mark(before) == _mark(now) or not now.reason.startswith(HUNG):
+        return False
+    return before.state is ProcessState.RUNNING or not before.reason.startswith(HUNG)
+
+
+def _mark(process: Supervised) -> tuple[ProcessState, int, int]:
+    """What changes when something becomes of a process."""
+    return process.state, process.pid, process.restarts
 
 
 @dataclass(slots=True)

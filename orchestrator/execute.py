@@ -8,10 +8,10 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from orchestrator.errors import Interrupted, KernelError, OrchError, RollbackError
+from orchestrator.errors import HelperProcessError, Interrupted, KernelError, OrchError, RollbackError
 from orchestrator.journal import Ledger
 from orchestrator.model import Netns, Registration, Rules, Status
-from orchestrator.ports import ProcessSeen, System
+from orchestrator.ports import Launch, ProcessSeen, System
 from orchestrator.state import (
     CreateRegistration,
     DeleteRegistration,
@@ -22,9 +22,12 @@ from orchestrator.state import (
     LoadRules,
     Plan,
     RemoveRules,
+    ServeQueues,
+    SetReconcile,
     StartProcess,
     Step,
     StopProcess,
+    SucceedProcess,
     UpdateRegistration,
     WatchProcess,
     describe,
@@ -33,6 +36,9 @@ from orchestrator.state import (
 
 # What a step may raise: our own errors, the system's, and what a kernel says that nobody understands (DecodeError).
 EXPECTED = (OrchError, OSError, ValueError)
+
+# Steps that may have done something although they failed; the others do all or nothing.
+_IN_PARTS = (StartProcess, StopProcess, ServeQueues, FlushRules, RemoveRules, DeleteRegistration)
 
 _POLL_S = 0.02
 _log = logging.getLogger(__name__)
@@ -59,6 +65,7 @@ class Execution:
     report: Callable[[Outcome], None]
     interrupted: Callable[[], int] = lambda: 0
     _done: list[tuple[int, Step]] = field(default_factory=list)
+    _is_noting: bool = True
 
     def run(self) -> None:
         """Take every step; on the first failure or signal undo what was done and raise that first cause.
@@ -70,8 +77,10 @@ class Execution:
             try:
                 self._take(sequence, step)
             except EXPECTED as error:
-                if isinstance(step, StartProcess | StopProcess):  # the others do all or nothing
+                if isinstance(step, _IN_PARTS):
                     self._done.append((sequence, step))
+                else:
+                    self._note_undone(sequence)
                 self._fail(error)
         self._stop_if_interrupted()
 
@@ -82,32 +91,39 @@ class Execution:
         a registration while rules that name it could not be removed.
         """
         failures: list[str] = []
-        is_enabled = has_rules = False
+        hazards = _Hazards()
         for sequence, step in enumerate(self.plan.steps):
             self._stop_if_interrupted()
-            if (is_enabled and isinstance(step, StopProcess)) or (
-                (is_enabled or has_rules) and isinstance(step, DeleteRegistration)
-            ):
-                failures.append(f"{describe(step)}: not tried, as an earlier step failed")
+            if reason := hazards.forbid(step):
+                failures.append(f"{describe(step)}: not tried, as {reason}")
                 continue
             try:
                 self._take(sequence, step)
             except EXPECTED as error:
                 failures.append(f"{describe(step)}: {error}")
-                is_enabled = is_enabled or isinstance(step, UpdateRegistration)
-                has_rules = has_rules or isinstance(step, RemoveRules)
+                hazards.note(step)
         return tuple(failures)
 
     def undo(self) -> tuple[str, ...]:
         """Lead back from everything done so far, newest first; returns a sentence for each step that could not be."""
         done, self._done = self._done, []
-        return lead_back(done, self.system, self.plan.netns, self.report, lambda n: self.ledger.undone(self.tx, n))
+        return lead_back(done, self.system, self.plan.netns, self.report, self._note_undone)
 
     def _take(self, sequence: int, step: Step) -> None:
-        self.ledger.intend(self.tx, sequence, step)
+        self.ledger.intend(self.tx, sequence)
         _timed(step, self.system, self.plan.netns, self.report)
         self._done.append((sequence, step))
-        self.ledger.done(self.tx, sequence)
+
+    def _note_undone(self, sequence: int) -> None:
+        """A ledger that cannot be written (a full disk) hinders no undoing: what it keeps is undone once more.
+
+        That needs all that was begun before it as well, so nothing is noted after the first failure.
+        """
+        if self._is_noting:
+            try:
+                self.ledger.undone(self.tx, sequence)
+            except OrchError:
+                self._is_noting = False
 
     def _stop_if_interrupted(self) -> None:
         if number := self.interrupted():
@@ -120,6 +136,45 @@ class Execution:
         raise cause
 
 
+@dataclass(slots=True)
+class _Hazards:
+    """What failed so far, and what would do harm after that."""
+
+    is_deaf: bool = False
+    is_needed: bool = False
+    has_rules: bool = False
+    is_torn: bool = False
+
+    def note(self, failed: Step) -> None:
+        match failed:
+            case StartProcess() | SucceedProcess() | ServeQueues():
+                self.is_deaf = True
+            case UpdateRegistration(before, after):
+                is_moved = before.queue_num != after.queue_num
+                self.is_needed = self.is_needed or is_moved or after.status is Status.DISABLED
+            case RemoveRules() | LoadRules():
+                self.has_rules = True
+            case CreateRegistration() | DeleteRegistration():
+                self.is_torn = True
+
+    def forbid(self, step: Step) -> str:
+        """Why a step must not be taken any more; empty if it may.
+
+        An enabled registration without a listener blocks connections. Rules that name one that is gone do nothing, and
+        rules that name the wrong one hold it.
+        """
+        match step:
+            case UpdateRegistration(_, after) if self.is_deaf and after.status is Status.ENABLED:
+                return "nobody would listen"
+            case StopProcess() | SucceedProcess() | ServeQueues() | DeleteRegistration() if self.is_needed:
+                return "a registration could not be disabled, or still has the other queue"
+            case DeleteRegistration() if self.has_rules:
+                return "rules could not be removed"
+            case LoadRules() if self.is_torn:
+                return "a registration is not as it was"
+        return ""
+
+
 def lead_back(
     done: Sequence[tuple[int, Step]],
     system: System,
@@ -129,26 +184,31 @@ def lead_back(
 ) -> tuple[str, ...]:
     """Undo steps, newest first; returns a sentence for each that could not be undone.
 
-    Where a process does not come back, its registrations are not enabled again: without a listener they would block.
+    `undone` is told of each step up to the first that could not be: from there all is to be undone once more, as the
+    later ones may have found nothing that they could undo.
     """
     leftovers: list[str] = []
-    is_deaf = False
+    hazards = _Hazards()
     for sequence, step in reversed(done):
         back = inverse(step, netns)
         if isinstance(step, StopProcess) and back is None:
             leftovers.append(f"start {step.process.name}: the ledger does not know how it was started")
-            is_deaf = True
+            hazards.is_deaf = True
+        if isinstance(step, SucceedProcess) and back is None:
+            leftovers.append(f"hand over {step.process.name} again: the ledger does not know how it was started")
         if back is None:
             continue
-        if is_deaf and isinstance(back, UpdateRegistration) and back.after.status is Status.ENABLED:
-            leftovers.append(f"{describe(back)}: not tried, as nobody would listen")
+        if reason := hazards.forbid(back):
+            leftovers.append(f"{describe(back)}: not tried, as {reason}")
             continue
         try:
             _timed(back, system, netns, report, is_undo=True)
-            undone(sequence)
         except EXPECTED as error:
             leftovers.append(f"{describe(back)}: {error}")
-            is_deaf = is_deaf or isinstance(back, StartProcess)
+            hazards.note(back)
+        else:
+            if not leftovers:
+                undone(sequence)
     return tuple(leftovers)
 
 
@@ -186,13 +246,17 @@ def perform(step: Step, system: System, netns: Netns, *, is_undo: bool = False) 
         case DeleteRegistration(registration):
             _delete(system, registration, is_undo=is_undo)
         case KeepRegistrations(registrations):
-            return _put_back(system, registrations)
+            return _put_back(system, registrations, is_undo=is_undo)
         case StartProcess(launch):
-            if not (is_undo and _running(system, netns, launch.profile, launch.spec.name)):
-                system.processes.start(launch)
+            _start(system, netns, launch, is_undo=is_undo)
         case StopProcess(process, _):
             for seen in _running(system, netns, process.profile, process.name):
-                system.processes.stop(seen)
+                if not (is_undo and seen.digest != process.digest):
+                    system.processes.stop(seen)
+        case SucceedProcess(before, after, _):
+            _succeed(system, netns, before, after, is_undo=is_undo)
+        case ServeQueues(launch, _, after):
+            system.processes.serve(launch, after)
         case WatchProcess(launch, process):
             system.processes.watch(launch, process)
         case DrainQueues(queues, within_s):
@@ -203,12 +267,15 @@ def perform(step: Step, system: System, netns: Netns, *, is_undo: bool = False) 
             system.rules[before.backend].flush(netns, before.profile)
         case RemoveRules(before):
             system.rules[before.backend].remove(netns, before.profile)
+        case SetReconcile(profile, is_on):
+            system.processes.set_reconcile(profile, netns, is_on=is_on)
     return True
 
 
-def _put_back(system: System, registrations: tuple[Registration, ...]) -> bool:
+def _put_back(system: System, registrations: tuple[Registration, ...], *, is_undo: bool) -> bool:
+    """True if something had to be put back; on the way back one that was there before may be back already."""
     live = {r.key: r for r in system.registry.dump()}
-    changed = [r for r in registrations if live.get(r.key, r) != r]
+    changed = [r for r in registrations if live.get(r.key, r) != r and not (is_undo and not live[r.key].can_become(r))]
     for registration in changed:
         system.registry.update(registration)
     return bool(changed)
@@ -224,14 +291,17 @@ def _load(system: System, netns: Netns, rules: Rules) -> None:
 
 
 def _create(system: System, registration: Registration, *, is_undo: bool) -> None:
-    if is_undo and any(r.key == registration.key for r in system.registry.dump()):
-        return
-    system.registry.create(registration)
+    seen = next((r for r in system.registry.dump() if r.key == registration.key), None) if is_undo else None
+    if seen is None:
+        system.registry.create(registration)
+    elif not seen.can_become(registration):
+        raise KernelError("register helper", str(registration.key), errno.EEXIST)
 
 
 def _update(system: System, registration: Registration, *, is_undo: bool) -> None:
-    if is_undo and all(r.key != registration.key for r in system.registry.dump()):
-        return
+    live = {r.key: r for r in system.registry.dump()} if is_undo else {}
+    if is_undo and not (registration.key in live and live[registration.key].can_become(registration)):
+        return  # it is gone, or the one that was there before is back already
     system.registry.update(registration)
 
 
@@ -248,9 +318,33 @@ def _delete(system: System, registration: Registration, *, is_undo: bool) -> Non
         raise KernelError("unregister helper", str(registration.key), errno.EBUSY)
 
 
+def _start(system: System, netns: Netns, launch: Launch, *, is_undo: bool) -> None:
+    """On the way back the process may run still; one that waits for its restart does not."""
+    seen = _running(system, netns, launch.profile, launch.spec.name) if is_undo else []
+    if any(process.pid and process.digest == launch.digest for process in seen):
+        return
+    for process in seen:
+        if process.pid:
+            raise HelperProcessError(f"{process.name} ({process.place}) is in the way")
+        system.processes.stop(process)
+    system.processes.start(launch)
+
+
 def _running(system: System, netns: Netns, profile: str, name: str) -> list[ProcessSeen]:
     wanted = (netns.identity, profile, name)
     return [p for p in system.processes.running() if (p.netns, p.profile, p.name) == wanted]
+
+
+def _succeed(system: System, netns: Netns, before: Launch | None, after: Launch, *, is_undo: bool) -> None:
+    """Hand over; on the way back to one that serves no queue but its own, and that is started if none runs."""
+    if is_undo and not any(p.hands_over for p in _running(system, netns, after.profile, after.spec.name)):
+        _start(system, netns, after, is_undo=True)
+        return
+    system.processes.succeed(after)
+    surplus = tuple(sorted(set(before.spec.queues).difference(after.spec.queues))) if before else ()
+    if is_undo and surplus:
+        perform(DrainQueues(surplus), system, netns)
+        system.processes.serve(after, after.spec.queues)
 
 
 def _drain(system: System, netns: Netns, queues: tuple[int, ...], within_s: float) -> None:

@@ -6,6 +6,7 @@ The contract suite runs the same cases here and on real kernels; what differs be
 from __future__ import annotations
 
 import errno
+import itertools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from orchestrator.engine.counters import Snapshot
 from orchestrator.errors import HelperProcessError, KernelError, PreflightError
 from orchestrator.model import (
+    HELPER_PROGRAM,
     Backend,
     HelperKey,
     L3Proto,
@@ -26,6 +28,7 @@ from orchestrator.model import (
 )
 from orchestrator.ports import (
     HelperRule,
+    LabelRule,
     Launch,
     Lifetimes,
     LiveConnection,
@@ -71,21 +74,26 @@ class FakeNetns:
     dropping_filters: tuple[str, ...] = ()
     foreign_queues: tuple[str, ...] = ()
     foreign_rules: tuple[HelperRule, ...] = ()
+    foreign_labels: tuple[LabelRule, ...] = ()
+    interfaces: dict[str, str] = field(default_factory=lambda: {"lo": "", "lan0": "", "wan0": ""})
     flowtables: tuple[str, ...] = ()
     sysctls: dict[str, str] = field(default_factory=dict)
     routes: dict[str, Route] = field(default_factory=dict)
     live_connections: list[tuple[L4Proto, LiveConnection]] = field(default_factory=list)
     live_expectations: list[LiveExpectation] = field(default_factory=list)
+    cookie: int = field(default_factory=itertools.count(1).__next__)
 
 
 @dataclass(slots=True)
 class FakeKernel:
     """A host. `delete_ignores_references` is how 7.3 deletes; before it a referenced helper answers EBUSY.
 
-    `fail_at(n, errno)` makes the n-th modifying call (from 0) fail; `calls` is the log of them.
+    `fail_at(n, errno)` makes the n-th modifying call (from 0) fail; `calls` is the log of them. `on_modify` is told
+    of each before it takes effect, and may raise whatever is to go wrong there.
     `gone` are namespaces whose name was deleted. `programs` are those installed; `deaf_programs` start but never bind
-    a queue; `dying_programs` end at once. `counters` and `last_words` are what processes say, by name,
-    `supervised` and `lifetimes` what supervisors say, by profile and namespace.
+    a queue; `dying_programs` end at once, and so do `dying_successors`, which are names of processes. `counters` and
+    `last_words` are what processes say, by name, `supervised` and `lifetimes` what supervisors say, by profile and
+    namespace; `reconciled` are those told to mend.
     """
 
     delete_ignores_references: bool = False
@@ -98,15 +106,19 @@ class FakeKernel:
     gone: list[FakeNetns] = field(default_factory=list)
     modules_loaded: set[str] = field(default_factory=set)
     modules_available: dict[str, tuple[tuple[str, L4Proto], ...]] = field(default_factory=dict)
+    module_ports: dict[str, tuple[int, ...]] = field(default_factory=dict)
     programs: set[str] = field(default_factory=lambda: {"conntrackd"})
     deaf_programs: set[str] = field(default_factory=set)
     dying_programs: set[str] = field(default_factory=set)
+    dying_successors: set[str] = field(default_factory=set)
     running_processes: dict[int, tuple[ProcessSeen, Launch]] = field(default_factory=dict)
     counters: dict[str, Snapshot] = field(default_factory=dict)
     last_words: dict[str, str] = field(default_factory=dict)
     supervised: dict[tuple[str, str], tuple[Supervised, ...]] = field(default_factory=dict)
     lifetimes: dict[tuple[str, str], dict[str, Lifetimes]] = field(default_factory=dict)
+    reconciled: set[tuple[str, str]] = field(default_factory=set)
     calls: list[str] = field(default_factory=list)
+    on_modify: Callable[[str, str], None] | None = None
     now: float = 0.0
     _fail: dict[int, int] = field(default_factory=dict)
     _next_pid: int = 100
@@ -133,8 +145,9 @@ class FakeKernel:
     def kill(self, pid: int, *, watched: bool = True) -> None:
         """The process dies: its queues go, and its supervisor, if there is one, disables its registrations."""
         seen, launch = self.running_processes[pid]
-        for queue in launch.spec.queues:
-            self.at(launch.netns).queues.pop(queue, None)
+        queues = self.at(launch.netns).queues
+        for number in [row.queue_num for row in queues.values() if row.port_id == pid]:
+            del queues[number]
         del self.running_processes[pid]
         if watched and seen.watched:
             self.disable(launch)
@@ -158,6 +171,17 @@ class FakeKernel:
             and self.registrations[key].queue_num not in space.queues
         ]
 
+    def dangling(self) -> list[HelperKey]:
+        """Helpers that rules of a namespace attach, and that nobody registered."""
+        return [
+            key
+            for space in self._spaces()
+            for at, rules in space.rules.items()
+            if at not in space.flushed
+            for key in references(rules)
+            if key not in self.registrations and not self.is_taken_by_kernel(key)
+        ]
+
     def dump_text(self) -> str:
         """Everything there is, one line each, sorted: equal dumps mean equal hosts."""
         lines = [f"module {name}" for name in self.modules_loaded]
@@ -168,7 +192,11 @@ class FakeKernel:
                 state += " tampered" if (backend, profile) in space.tampered else ""
                 lines.append(f"netns {name!r}: {backend} {profile} digest {rules.digest}{state}")
             lines += [f"netns {name!r}: queue {number}" for number in space.queues]
-        lines += [f"process {p.name} of {p.profile} in {p.netns}" for p, _ in self.running_processes.values()]
+        lines += [f"reconciled {profile} in {netns}" for profile, netns in self.reconciled]
+        lines += [
+            f"process {p.name} of {p.profile} in {p.netns}: {p.digest}{'' if p.watched else ' unwatched'}"
+            for p, _ in self.running_processes.values()
+        ]
         return "\n".join(sorted(lines))
 
     def system(self) -> System:
@@ -188,8 +216,16 @@ class FakeKernel:
         """Count a modifying call, and fail it if a test wants that."""
         number = self._fail.pop(len(self.calls), 0)
         self.calls.append(f"{operation} {key}")
+        if self.on_modify is not None:
+            self.on_modify(operation, key)
         if number:
             raise KernelError(operation, key, number)
+
+    def pid_of(self, launch: Launch) -> int:
+        """The process that runs under the name of another one, 0 if none does."""
+        wanted = (launch.profile, launch.netns.identity, launch.spec.name)
+        running = self.running_processes.items()
+        return next((pid for pid, (seen, _) in running if (seen.profile, seen.netns, seen.name) == wanted), 0)
 
     def is_taken_by_kernel(self, key: HelperKey) -> bool:
         return any(
@@ -331,7 +367,11 @@ class FakeHost:
         return known[name]
 
     def known_netns(self) -> tuple[Netns, ...]:
-        return tuple(space.netns for space in self.kernel.namespaces.values())
+        places = (space.netns for space in self.kernel.namespaces.values())
+        return tuple(netns for netns in places if not netns.path.startswith("/proc/"))
+
+    def netns_cookie(self, netns: Netns) -> int:
+        return self.kernel.at(netns).cookie
 
     def queues(self, netns: Netns) -> tuple[QueueRow, ...]:
         queues = self.kernel.at(netns).queues
@@ -388,6 +428,15 @@ class FakeHost:
         )
         return (*own, *space.foreign_rules)
 
+    def foreign_labels(self, netns: Netns) -> tuple[LabelRule, ...]:
+        return self.kernel.at(netns).foreign_labels
+
+    def interfaces(self, netns: Netns) -> Mapping[str, str]:
+        return dict(self.kernel.at(netns).interfaces)
+
+    def module_ports(self, module: str) -> tuple[int, ...]:
+        return self.kernel.module_ports.get(module, ())
+
     def route(self, netns: Netns, address: str) -> Route:
         return self.kernel.at(netns).routes.get(address, Route(is_local=False, interface="lan0"))
 
@@ -428,8 +477,43 @@ class FakeProcesses:
         seen = ProcessSeen(
             launch.profile, launch.netns.identity, launch.spec.name, pid, launch.digest, 0.0, watched=True
         )
+        seen = replace(seen, hands_over=program == HELPER_PROGRAM, queues=launch.spec.queues)
         kernel.running_processes[pid] = (seen, launch)
         return pid
+
+    def succeed(self, launch: Launch) -> int:
+        kernel, spec = self.kernel, launch.spec
+        kernel.modify("hand over", spec.name)
+        queues = kernel.at(launch.netns).queues
+        before = kernel.pid_of(launch)
+        taken = [number for number in spec.queues if number in queues and queues[number].port_id != before]
+        if not before or spec.name in kernel.dying_successors or taken:
+            raise HelperProcessError(f"{spec.name} goes on as it was: its successor ended at once")
+        seen, _ = kernel.running_processes.pop(before)
+        if seen.digest == launch.digest:
+            kernel.running_processes[before] = (seen, launch)
+            return before
+        pid, kernel._next_pid = kernel._next_pid, kernel._next_pid + 1
+        kernel.running_processes[pid] = (
+            replace(seen, pid=pid, digest=launch.digest, queues=spec.queues),
+            launch,
+        )
+        bound = [row.queue_num for row in queues.values() if row.port_id == before]
+        for number in (*bound, *spec.queues):
+            queues[number] = replace(queues.get(number) or QueueRow(number, pid, 0, 0, 0, 0), port_id=pid)
+        return pid
+
+    def serve(self, launch: Launch, queues: tuple[int, ...]) -> None:
+        self.kernel.modify("serve queues", launch.spec.name)
+        rows = self.kernel.at(launch.netns).queues
+        pid = self.kernel.pid_of(launch)
+        if not pid:
+            raise HelperProcessError(f"{launch.spec.name} does not change its queues: nobody is there")
+        for number in [row.queue_num for row in rows.values() if row.port_id == pid]:
+            if number not in queues:
+                del rows[number]
+        for number in queues:
+            rows.setdefault(number, QueueRow(number, pid, 0, 0, 0, 0))
 
     def stop(self, process: ProcessSeen) -> None:
         self.kernel.modify("stop", process.name)
@@ -451,8 +535,15 @@ class FakeProcesses:
     def last_words(self, profile: str, netns: Netns, name: str) -> str:
         return self.kernel.last_words.get(name, "")
 
+    def reconciles(self, profile: str, netns: Netns) -> bool:
+        return (profile, netns.identity) in self.kernel.reconciled
+
+    def set_reconcile(self, profile: str, netns: Netns, *, is_on: bool) -> None:
+        self.kernel.modify("reconcile" if is_on else "do not reconcile", profile)
+        (self.kernel.reconciled.add if is_on else self.kernel.reconciled.discard)((profile, netns.identity))
+
     def cleanup(self, profile: str, netns: Netns) -> None:
-        return
+        self.kernel.reconciled.discard((profile, netns.identity))
 
 
 @dataclass(frozen=True, slots=True)
@@ -474,6 +565,9 @@ class FakeClock:
     on_sleep: Callable[[], None] = lambda: None
 
     def monotonic(self) -> float:
+        return self.kernel.now
+
+    def boottime(self) -> float:
         return self.kernel.now
 
     def sleep(self, seconds: float) -> None:

@@ -9,19 +9,21 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
+import hashlib
 import os
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from orchestrator.errors import Interrupted, OrchError, RefusedError
-from orchestrator.model import HelperKey, Registration
+from orchestrator.model import HelperKey, Netns, Registration
 from orchestrator.ports import Clock
 from orchestrator.serial import from_json, to_json
-from orchestrator.state import Applied, Owner, Step
+from orchestrator.state import Applied, Mending, Owner, Past, Pending, Step, Unsettled
 
-_SCHEMA = 1
+_PATIENCE_S = 1.0
+_LOOK_S = 0.1  # those who only look hold the lock for an instant; that makes nobody wait who would not
+_SCHEMA = 2
 _TABLES = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS applied (
@@ -29,22 +31,23 @@ CREATE TABLE IF NOT EXISTS applied (
 CREATE TABLE IF NOT EXISTS registration (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS use (
     key TEXT NOT NULL, profile TEXT NOT NULL, netns TEXT NOT NULL, PRIMARY KEY (key, profile, netns));
+CREATE TABLE IF NOT EXISTS mending (
+    profile TEXT NOT NULL, netns TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (profile, netns));
+CREATE TABLE IF NOT EXISTS namespace (identity TEXT PRIMARY KEY, cookie INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS transaction_ (
     id INTEGER PRIMARY KEY, command TEXT NOT NULL, owner TEXT NOT NULL, pid INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS step (
     tx INTEGER NOT NULL REFERENCES transaction_(id) ON DELETE CASCADE, seq INTEGER NOT NULL, state TEXT NOT NULL,
     value TEXT NOT NULL, PRIMARY KEY (tx, seq));
+CREATE TABLE IF NOT EXISTS pending (
+    profile TEXT NOT NULL, netns TEXT NOT NULL, tx INTEGER REFERENCES transaction_(id) ON DELETE CASCADE,
+    value TEXT NOT NULL, PRIMARY KEY (profile, netns));
+CREATE TABLE IF NOT EXISTS history (
+    id INTEGER PRIMARY KEY, profile TEXT NOT NULL, netns TEXT NOT NULL, owner TEXT NOT NULL, command TEXT NOT NULL,
+    target TEXT NOT NULL, value TEXT NOT NULL, UNIQUE (profile, netns, target));
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Unsettled:
-    """A transaction that a killed command left: its steps that were begun, in order, with True for finished ones."""
-
-    id: int
-    command: str
-    owner: Owner
-    begun: tuple[tuple[Step, bool], ...]
+_CONTENTS = ("applied", "registration", "use", "mending", "namespace", "pending", "transaction_", "step", "history")
+_KEPT = 10  # lines of history for each profile in each namespace
 
 
 class Ledger:
@@ -119,78 +122,208 @@ class Ledger:
                 result[parsed] = (*result.get(parsed, ()), owner)
         return result
 
-    def unsettled(self) -> tuple[Unsettled, ...]:
+    def cookie(self, netns: Netns) -> int:
+        """What told a namespace from any other when something was applied there last; 0 if unknown."""
+        row = self._db.execute("SELECT cookie FROM namespace WHERE identity = ?", (netns.identity,)).fetchone()
+        return int(row[0]) if row else 0
+
+    def mending(self, owner: Owner) -> Mending:
+        """What watching has done for a profile lately."""
+        row = self._db.execute(
+            "SELECT value FROM mending WHERE profile = ? AND netns = ?", (owner.profile, owner.netns.identity)
+        ).fetchone()
+        return from_json(Mending, row[0]) if row else Mending()
+
+    def left_alone(self) -> tuple[Unsettled, ...]:
+        """What was not finished, and nobody is at work on."""
+        return () if self.is_locked() else self.unsettled()
+
+    def unsettled(self, of: Owner | None = None) -> tuple[Unsettled, ...]:
+        """Transactions that are not over, of all or of one owner, oldest first."""
         result = []
         for tx, command, owner in self._db.execute(
             "SELECT id, command, owner FROM transaction_ ORDER BY id"
         ).fetchall():
             rows = self._db.execute("SELECT state, value FROM step WHERE tx = ? ORDER BY seq", (tx,)).fetchall()
-            begun = tuple((from_json(Step, value), state == "done") for state, value in rows)
-            result.append(Unsettled(tx, command, from_json(Owner, owner), begun))
-        return tuple(result)
+            planned: tuple[Step, ...] = tuple(from_json(Step, value) for _, value in rows)
+            begun = tuple((n, step) for n, step in enumerate(planned) if rows[n][0] == "begun")
+            result.append(Unsettled(tx, command, from_json(Owner, owner), planned, begun))
+        return tuple(unsettled for unsettled in result if of is None or unsettled.is_of(of))
+
+    def pending(self) -> tuple[Pending, ...]:
+        """Every apply that waits for its confirmation, or is still under way or was killed before it could wait."""
+        rows = self._db.execute("SELECT value FROM pending ORDER BY netns, profile").fetchall()
+        return tuple(from_json(Pending, value) for (value,) in rows)
+
+    def history(self, owner: Owner) -> tuple[Past, ...]:
+        """What was applied, newest first, each state once; what nobody confirmed is not among it."""
+        rows = self._db.execute(
+            "SELECT command, value FROM history WHERE profile = ? AND netns = ? ORDER BY id DESC",
+            (owner.profile, owner.netns.identity),
+        ).fetchall()
+        return tuple(Past(command, _decode_applied(value)) for command, value in rows)
+
+    def remembered(self) -> tuple[Owner, ...]:
+        """Who has a history; something need not be applied any more."""
+        newest = "SELECT max(id) FROM history GROUP BY netns, profile"
+        rows = self._db.execute(f"SELECT owner FROM history WHERE id IN ({newest}) ORDER BY netns, profile").fetchall()
+        return tuple(from_json(Owner, value) for (value,) in rows)
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
-    def begin(self, command: str, owner: Owner) -> int:
+    def recognise(self, netns: Netns, cookie: int) -> None:
+        """Remember by what a namespace is known again; the kernel may give its identity to another one."""
+        if self.cookie(netns) != cookie:
+            with _write(self._db):
+                self._db.execute("INSERT OR REPLACE INTO namespace VALUES (?, ?)", (netns.identity, cookie))
+
+    def begin(
+        self,
+        command: str,
+        owner: Owner,
+        steps: Sequence[Step],
+        *,
+        pending: Pending | None = None,
+        instead_of: Sequence[Unsettled] = (),
+    ) -> int:
+        """A transaction begins with all of its steps, none of them taken; in the same write others are over.
+
+        One that is undone takes along what it would have had to wait for.
+        """
+        at = (owner.profile, owner.netns.identity)
         with _write(self._db):
+            self._db.executemany("DELETE FROM transaction_ WHERE id = ?", [(other.id,) for other in instead_of])
             cursor = self._db.execute(
                 "INSERT INTO transaction_ (command, owner, pid) VALUES (?, ?, ?)",
                 (command, to_json(owner), os.getpid()),
             )
-        return int(cursor.lastrowid or 0)
+            tx = int(cursor.lastrowid or 0)
+            rows = [(tx, sequence, to_json(step)) for sequence, step in enumerate(steps)]
+            self._db.executemany("INSERT INTO step VALUES (?, ?, 'planned', ?)", rows)
+            if pending is not None:
+                self._db.execute("INSERT INTO pending VALUES (?, ?, ?, ?)", (*at, tx, to_json(pending)))
+        return tx
 
-    def intend(self, tx: int, sequence: int, step: Step) -> None:
-        """Record that a step is about to be taken; durable before this returns."""
-        with _write(self._db):
-            self._db.execute("INSERT INTO step VALUES (?, ?, 'intent', ?)", (tx, sequence, to_json(step)))
-
-    def done(self, tx: int, sequence: int) -> None:
-        with _write(self._db):
-            self._db.execute("UPDATE step SET state = 'done' WHERE tx = ? AND seq = ?", (tx, sequence))
+    def intend(self, tx: int, sequence: int) -> None:
+        """Record that a step is about to be taken; a kill of this process after that cannot hide it."""
+        self._mark(tx, sequence, "begun")
 
     def undone(self, tx: int, sequence: int) -> None:
+        """A step has no effect any more, or never had any."""
+        self._mark(tx, sequence, "undone")
+
+    def _mark(self, tx: int, sequence: int, state: str) -> None:
         with _write(self._db):
-            self._db.execute("DELETE FROM step WHERE tx = ? AND seq = ?", (tx, sequence))
+            self._db.execute("UPDATE step SET state = ? WHERE tx = ? AND seq = ?", (state, tx, sequence))
 
     def settle(self, tx: int) -> None:
         """The transaction is finished or undone; nothing of it is remembered."""
         with _write(self._db):
             self._db.execute("DELETE FROM transaction_ WHERE id = ?", (tx,))
 
-    def settle_applied(self, tx: int | None, applied: Applied, *, live: tuple[HelperKey, ...] = ()) -> None:
-        """In one write: the transaction is over, and this is what the profile has and uses from now on.
+    def claim(self, registrations: Iterable[Registration]) -> None:
+        """These are ours, whoever uses them."""
+        with _write(self._db):
+            self._db.executemany(
+                "INSERT OR IGNORE INTO registration VALUES (?, ?)", [(str(r.key), to_json(r)) for r in registrations]
+            )
+
+    def settle_applied(
+        self,
+        tx: int | None,
+        applied: Applied,
+        *,
+        live: tuple[HelperKey, ...] = (),
+        is_rollback: bool = False,
+        instead_of: Sequence[Unsettled] = (),
+    ) -> None:
+        """In one write: the transaction and others are over, and this is what the profile has and uses from now on.
 
         Registrations that no profile uses are forgotten, but for those that are still `live`: they are still ours.
+        What has to be confirmed waits from now on, and is no history yet; a rollback ends the wait.
         """
         owner = applied.owner
+        at = (owner.profile, owner.netns.identity)
         mine = {r.key: r for r in applied.registrations}
+        value = to_json(applied)
         with _write(self._db):
+            self._db.executemany("DELETE FROM transaction_ WHERE id = ?", [(o.id,) for o in instead_of if o.id != tx])
             if tx is not None:
+                self._db.execute("UPDATE pending SET tx = NULL WHERE tx = ?", (tx,))
                 self._db.execute("DELETE FROM transaction_ WHERE id = ?", (tx,))
-            self._db.execute(
-                "INSERT OR REPLACE INTO applied VALUES (?, ?, ?, ?)",
-                (owner.profile, owner.netns.identity, to_json(owner), to_json(applied)),
-            )
-            self._db.execute("DELETE FROM use WHERE profile = ? AND netns = ?", (owner.profile, owner.netns.identity))
-            self._db.executemany(
-                "INSERT INTO use VALUES (?, ?, ?)",
-                [(str(key), owner.profile, owner.netns.identity) for key in sorted(mine)],
-            )
+            if is_rollback:
+                self._db.execute("DELETE FROM pending WHERE profile = ? AND netns = ?", at)
+            self._db.execute("INSERT OR REPLACE INTO applied VALUES (?, ?, ?, ?)", (*at, to_json(owner), value))
+            self._db.execute("DELETE FROM use WHERE profile = ? AND netns = ?", at)
+            self._db.executemany("INSERT INTO use VALUES (?, ?, ?)", [(str(key), *at) for key in sorted(mine)])
             self._db.executemany(
                 "INSERT OR REPLACE INTO registration VALUES (?, ?)",
                 [(str(key), to_json(r)) for key, r in mine.items()],
             )
             self._forget_unused(live)
+            if not self._db.execute("SELECT 1 FROM pending WHERE profile = ? AND netns = ?", at).fetchone():
+                self._remember(applied, value, "rollback" if is_rollback else "apply")
+
+    def confirm(self, owner: Owner) -> None:
+        """In one write: nothing waits any more, and what is applied is history."""
+        at = (owner.profile, owner.netns.identity)
+        applied = self.find(owner)
+        with _write(self._db):
+            self._db.execute("DELETE FROM pending WHERE profile = ? AND netns = ?", at)
+            if applied is not None:
+                self._remember(applied, to_json(applied), "apply")
 
     def settle_removed(self, tx: int | None, owner: Owner, *, live: tuple[HelperKey, ...] = ()) -> None:
-        """In one write: the transaction is over, and the profile has nothing any more; `live` as in settle_applied."""
+        """In one write: the transaction is over, and the profile has nothing any more; `live` as in settle_applied.
+
+        Without a transaction it is the namespace that is gone, and the history with it.
+        """
+        at = (owner.profile, owner.netns.identity)
         with _write(self._db):
             if tx is not None:
                 self._db.execute("DELETE FROM transaction_ WHERE id = ?", (tx,))
-            at = (owner.profile, owner.netns.identity)
-            self._db.execute("DELETE FROM applied WHERE profile = ? AND netns = ?", at)
-            self._db.execute("DELETE FROM use WHERE profile = ? AND netns = ?", at)
+            for table in ("applied", "use", "mending", "pending", *(("history",) if tx is None else ())):
+                self._db.execute(f"DELETE FROM {table} WHERE profile = ? AND netns = ?", at)
+            self._forget_namespaces()
             self._forget_unused(live)
+
+    def forget_history(self, owner: Owner) -> None:
+        with _write(self._db):
+            at = (owner.profile, owner.netns.identity)
+            self._db.execute("DELETE FROM history WHERE profile = ? AND netns = ?", at)
+            self._forget_namespaces()
+
+    def _remember(self, applied: Applied, value: str, command: str) -> None:
+        """Put a state on top of the history; one that is on top already stays the line that it is."""
+        at = (applied.owner.profile, applied.owner.netns.identity)
+        target = hashlib.sha256(to_json((applied.target, applied.helpers)).encode()).hexdigest()
+        newest = "SELECT id FROM history WHERE profile = ? AND netns = ? ORDER BY id DESC"
+        row = self._db.execute(
+            f"SELECT command FROM history WHERE id = ({newest} LIMIT 1) AND target = ?", (*at, target)
+        )
+        command = next((known for (known,) in row), command)
+        self._db.execute("DELETE FROM history WHERE profile = ? AND netns = ? AND target = ?", (*at, target))
+        self._db.execute(
+            "INSERT INTO history (profile, netns, owner, command, target, value) VALUES (?, ?, ?, ?, ?, ?)",
+            (*at, to_json(applied.owner), command, target, value),
+        )
+        self._db.execute(f"DELETE FROM history WHERE id IN ({newest} LIMIT -1 OFFSET {_KEPT})", at)
+
+    def _forget_namespaces(self) -> None:
+        known = "SELECT netns FROM applied UNION SELECT netns FROM history"
+        self._db.execute(f"DELETE FROM namespace WHERE identity NOT IN ({known})")
+
+    def remember_mending(self, owner: Owner, mending: Mending) -> None:
+        with _write(self._db):
+            self._db.execute(
+                "INSERT OR REPLACE INTO mending VALUES (?, ?, ?)",
+                (owner.profile, owner.netns.identity, to_json(mending)),
+            )
+
+    def forget_mending(self, owner: Owner) -> None:
+        """Somebody has applied the profile: it is mended from the start again."""
+        if self.mending(owner) != Mending():
+            self.remember_mending(owner, Mending())
 
     def _forget_unused(self, live: tuple[HelperKey, ...]) -> None:
         marks = ", ".join("?" for _ in live)
@@ -203,21 +336,33 @@ class Ledger:
 
     @contextlib.contextmanager
     def locked(
-        self, command: str, *, wait_s: float, clock: Clock, interrupted: Callable[[], int] = lambda: 0
+        self,
+        command: str,
+        *,
+        wait_s: float,
+        clock: Clock,
+        interrupted: Callable[[], int] = lambda: 0,
+        say: Callable[[str], None] = lambda _: None,
     ) -> Iterator[None]:
         """Hold the one lock of the host; waits up to `wait_s`, then RefusedError says who holds it.
 
-        The kernel drops it when its holder dies, so a lock of a dead process is none.
+        Who waits for a second says for whom, once. The kernel drops the lock when its holder dies, so a lock of a dead
+        process is none.
         """
         file = self.directory / "lock"
         with file.open("a+") as handle:
-            deadline = clock.monotonic() + wait_s
-            while not _try_lock(handle.fileno()):
+            start = clock.monotonic()
+            has_said = False
+            while not _try_lock(handle.fileno(), fcntl.LOCK_EX):
                 if number := interrupted():
                     raise Interrupted(number)
-                if clock.monotonic() >= deadline:
-                    holder = file.read_text().strip() or "another orch"
+                waited_s = clock.monotonic() - start
+                holder = file.read_text().strip() or "another orch"
+                if waited_s >= max(wait_s, _LOOK_S):
                     raise RefusedError(f"busy: {holder} holds the lock of this host", hint="try again, or use --wait")
+                if waited_s >= _PATIENCE_S and not has_said:
+                    say(f"waiting for {holder}, at most {wait_s:g} s")
+                    has_said = True
                 clock.sleep(0.05)
             handle.truncate(0)
             handle.write(f"orch {command} (pid {os.getpid()})")
@@ -229,9 +374,29 @@ class Ledger:
 
     def is_locked(self) -> bool:
         """True while another orch is at work."""
+        return self._is_held("lock")
+
+    @contextlib.contextmanager
+    def watched(self, ready: Callable[[], None]) -> Iterator[None]:
+        """Be the one who undoes what nobody confirms; waits for as long as somebody else is, which is `ready` too."""
+        with (self.directory / "watchdog").open("a+") as handle:
+            is_first = _try_lock(handle.fileno(), fcntl.LOCK_EX)
+            ready()
+            if not is_first:
+                fcntl.flock(handle.fileno(), fcntl.LOCK_EX)
+            handle.truncate(0)
+            handle.write(f"{os.getpid()}\n")
+            handle.flush()
+            yield
+
+    def is_watched(self) -> bool:
+        """Whether somebody is there who undoes what nobody confirms."""
+        return self._is_held("watchdog")
+
+    def _is_held(self, name: str) -> bool:
         try:
-            with (self.directory / "lock").open() as handle:
-                return not _try_lock(handle.fileno())
+            with (self.directory / name).open() as handle:
+                return not _try_lock(handle.fileno(), fcntl.LOCK_SH)
         except FileNotFoundError:
             return False
 
@@ -243,9 +408,9 @@ def _decode_applied(text: str) -> Applied:
     return applied
 
 
-def _try_lock(descriptor: int) -> bool:
+def _try_lock(descriptor: int, kind: int) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
@@ -259,16 +424,19 @@ def _open_to_write(file: Path, boot_id: str) -> sqlite3.Connection:
     db.executescript(_TABLES)
     if _origin(db) != (boot_id, _SCHEMA):
         with _write(db):
-            for table in ("applied", "registration", "use", "transaction_", "step"):
+            for table in _CONTENTS:
                 db.execute(f"DELETE FROM {table}")
             db.execute("INSERT OR REPLACE INTO meta VALUES ('boot_id', ?), ('schema', ?)", (boot_id, str(_SCHEMA)))
     return db
 
 
 def _open_to_read(file: Path, boot_id: str) -> sqlite3.Connection:
-    """The ledger, or an empty one where there is none, none of this boot, or none that can be read."""
-    if file.exists():
-        db = sqlite3.connect(f"file:{file}?mode=ro", uri=True, isolation_level=None)
+    """The ledger, or an empty one where there is none, none of this boot, or none that can be read.
+
+    A write in which a command was killed is rolled back by whoever opens the ledger next; only who may write can.
+    """
+    for mode in ("ro", "rw") if file.exists() else ():
+        db = sqlite3.connect(f"file:{file}?mode={mode}", uri=True, isolation_level=None)
         with contextlib.suppress(sqlite3.Error, ValueError):
             if _origin(db) == (boot_id, _SCHEMA):
                 return db

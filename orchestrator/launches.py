@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tomllib
 from dataclasses import fields
+from functools import cache
+from pathlib import Path
 
-from orchestrator.model import Document, Netns, ProcessSpec
+from orchestrator.model import HELPER_PROGRAM, Document, Netns, ProcessSpec
 from orchestrator.ports import Launch
+
+_PACKAGE = Path(__file__).parent
 
 
 def launches(
     profile: str, netns: Netns, processes: tuple[ProcessSpec, ...], documents: tuple[Document, ...]
 ) -> tuple[Launch, ...]:
-    """One Launch per process; its digest changes with all that it says, files included."""
+    """One Launch per process; its digest changes with all that it says, files included, and with the code it runs."""
     texts = {document.name: document.text for document in documents}
     return tuple(
         Launch(profile, netns, spec, files, _digest(spec, files))
@@ -23,6 +28,37 @@ def launches(
 
 
 def _digest(spec: ProcessSpec, files: dict[str, str]) -> str:
-    said = [sorted(files.items()), *(getattr(spec, field.name) for field in fields(spec))]
+    said = [sorted(files.items()), *(getattr(spec, field.name) for field in fields(spec)), _code(spec, files)]
     text = json.dumps(said, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _code(spec: ProcessSpec, files: dict[str, str]) -> str:
+    """What a native helper process runs of ours and of installed packages; a user's own helper is among the files."""
+    if spec.argv[0] != HELPER_PROGRAM:
+        return ""
+    said = tomllib.loads(files[spec.argv[-1]])
+    return _engine() if said["file"] else f"{_engine()} {_helper(said['use'])}"
+
+
+@cache
+def _engine() -> str:
+    return _sha256(*sorted(_PACKAGE.glob("engine/*.py")))
+
+
+@cache
+def _helper(use: str) -> str:
+    """One of our helpers by what it says, an installed one by the version of its package."""
+    own = _PACKAGE / "helpers" / f"{use}.py"
+    if own.exists():
+        return _sha256(own)
+    from importlib.metadata import entry_points
+
+    from orchestrator.engine.loading import ENTRY_POINTS
+
+    packages = (point.dist for point in entry_points(group=ENTRY_POINTS, name=use))
+    return " ".join(sorted(f"{package.name} {package.version}" for package in packages if package))
+
+
+def _sha256(*files: Path) -> str:
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()

@@ -216,6 +216,9 @@ class Bounds:
     is_permanent: bool = False
 
 
+CONFIRM_MAX_S = 3600
+"""Longest that an apply may wait for its confirmation, in seconds: nothing else can be applied meanwhile."""
+
 LABEL_BITS = 128
 """Label bits of a connection, shared with whoever else uses some. Source: xt_connlabel.h, XT_CONNLABEL_MAXBIT."""
 
@@ -345,7 +348,8 @@ class Desired:
     `registrations` and `processes` are what the templates are given; the rendered documents are what counts
     (render.py parses them back). `stock` are registrations that an engine insists on and no rule attaches: only that
     they exist, with these policy names and this private data length, and are disabled, matters. `netns` is a name, a
-    path, or empty for the caller's. `warnings` are for people.
+    path, or empty for the caller's. `warnings` are for people. With `confirm_within_s` above 0 an apply is undone
+    after so many seconds unless somebody confirms it; that is no part of what is applied.
     """
 
     profile: str
@@ -360,6 +364,8 @@ class Desired:
     rule_queues: tuple[RuleQueue, ...] = ()
     natives: tuple[NativeHelper, ...] = ()
     families: tuple[L3Proto, ...] = tuple(L3Proto)
+    reconcile: bool = False
+    confirm_within_s: int = 0
 
     @property
     def attachments(self) -> tuple[Attachment, ...]:
@@ -435,3 +441,4 @@ class Target:
     modules: tuple[str, ...]
     attachments: tuple[Attachment, ...]
     rule_queues: tuple[RuleQueue, ...] = ()
+    reconcile: bool = False

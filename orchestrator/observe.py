@@ -50,8 +50,9 @@ class Observer:
         registrations = self.system.registry.dump()
         is_there = self.is_there(netns)
         all_listings = self._listings(owner, fresh) if is_there else ()
-        # Somebody's flush takes the digest with it: then only the ledger tells that the table is ours.
-        listings = tuple(listing for listing in all_listings if listing.digest or applied is not None)
+        # A flush takes the digest with it: then only the ledger tells that the table is ours.
+        is_known = applied is not None or bool(self.ledger.unsettled(owner))
+        listings = tuple(listing for listing in all_listings if listing.digest or is_known)
         neighbours = self.ledger.neighbours(owner)
         queues = self.system.host.queues(netns) if is_there else ()
         users = self._users(owner, self.unrecorded() if is_thorough else ())
@@ -82,6 +83,7 @@ class Observer:
                 for spec in (target.processes if target else ())
                 if spec.argv[0] != HELPER_PROGRAM and self.system.host.program(spec.argv[0]) is None
             ),
+            reconciles=self.system.processes.reconciles(owner.profile, netns),
             has_cthelper=bool(self.system.host.available_modules((_SUBSYSTEM,))),
             connections=self.system.host.connections(netns) if is_thorough and is_there else {},
         )
@@ -147,8 +149,17 @@ class Observer:
         )
 
     def is_there(self, netns: Netns) -> bool:
+        """Whether the path of a namespace leads to it still, and not to another."""
         try:
-            return self.system.host.find_netns(netns.path).identity == netns.identity
+            return self.system.host.find_netns(netns.path).identity == netns.identity and not self.is_another(netns)
+        except OrchError:
+            return False
+
+    def is_another(self, netns: Netns) -> bool:
+        """Whether a namespace only has the identity of one that the ledger knows, which is gone."""
+        known = self.ledger.cookie(netns)
+        try:
+            return known != 0 and known != self.system.host.netns_cookie(netns)
         except OrchError:
             return False
 

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from orchestrator.model import HelperKey, Registration, Status, Target
-from orchestrator.plan_processes import ProcessPlan, held_queues, plan_processes
+from orchestrator.plan_processes import ProcessPlan, held_queues, plan_processes, surplus_queues
 from orchestrator.plan_registrations import (
+    Leaving,
     RegistrationPlan,
     by_key,
     connections_cut,
@@ -46,9 +47,12 @@ from orchestrator.state import (
     Plan,
     RemoveRules,
     Scope,
+    ServeQueues,
+    SetReconcile,
     StartProcess,
     Step,
     StopProcess,
+    SucceedProcess,
     UpdateRegistration,
     WatchProcess,
     rules_name,
@@ -79,6 +83,7 @@ def plan_apply(target: Target, launches: tuple[Launch, ...], observed: Observed,
             *(Change(Action.CREATE, Scope.MODULE, m, "stays loaded") for m in modules),
             *registration_changes(registrations, observed),
             *processes.changes,
+            *_reconcile_changes(target, observed),
             *rules_changes(target.rules, observed, rules_reason),
         ),
         steps=steps,
@@ -87,6 +92,12 @@ def plan_apply(target: Target, launches: tuple[Launch, ...], observed: Observed,
         cut=cut,
         kept=registrations.leaving.kept,
     )
+
+
+def _reconcile_changes(target: Target, observed: Observed) -> list[Change]:
+    if target.reconcile is observed.reconciles:
+        return []
+    return [Change(Action.UPDATE, Scope.PROCESS, "reconcile", f"{observed.reconciles} -> {target.reconcile}".lower())]
 
 
 def plan_teardown(observed: Observed, owner: Owner, mine: tuple[Registration, ...]) -> Plan:
@@ -147,6 +158,7 @@ def _apply_steps(
     others = [RemoveRules(loaded_rules(x, observed, target.profile)) for x in other_listings(target.rules, observed)]
     is_replacing = bool(registrations.replace)
     surplus = [StopProcess(p, None) for p in processes.stop_last]
+    is_told_otherwise = target.reconcile is not observed.reconciles
     unqueued = _drain(_rule_queues(observed) - {n for queue in target.rule_queues for n in queue.queues})
     return (
         *(LoadModule(m) for m in modules),
@@ -155,6 +167,7 @@ def _apply_steps(
         *(unload if is_replacing else []),
         *(_delete(r) for r, _ in registrations.replace),
         *(CreateRegistration(replace(r, status=Status.DISABLED)) for r in fresh),
+        *processes.succeed,
         *held,
         *kept,
         *(StopProcess(p, None) for p in processes.stop_first),
@@ -167,8 +180,24 @@ def _apply_steps(
         *(step for step in others if step not in unload),
         *(unqueued if surplus else []),
         *surplus,
+        *(step for begun in processes.succeed for step in _leave_queues(begun, observed)),
+        *_enable_for_others(target, leaving, quiet),
         *(_delete(r) for r in leaving.retire),
+        *([SetReconcile(target.profile, target.reconcile)] if is_told_otherwise else []),
     )
+
+
+def _leave_queues(begun: SucceedProcess, observed: Observed) -> list[Step]:
+    """Let go of the queues that a process served before, now that nothing comes to them any more."""
+    left, queues = surplus_queues(begun, observed), begun.after.spec.queues
+    return [DrainQueues(left), ServeQueues(begun.after, (*queues, *left), queues)] if left else []
+
+
+def _enable_for_others(target: Target, leaving: Leaving, quiet: list[Registration]) -> list[Step]:
+    """Others go on with what this profile does not need any more: disabled only while its own rules attached it."""
+    mine = {r.key for r in (*target.registrations, *target.stock, *leaving.retire, *leaving.disable)}
+    others = [r for r in quiet if r.key not in mine and r.status is Status.ENABLED]
+    return [UpdateRegistration(replace(r, status=Status.DISABLED), r) for r in others]
 
 
 def _to_quieten(
@@ -280,9 +309,15 @@ def _enable(target: Target, pending: set[HelperKey]) -> list[Step]:
 
 
 def relaunchable(plan: Plan, launch_of: Callable[[ProcessSeen], Launch | None]) -> Plan:
-    """The same plan whose stops know how to start the process again, for undoing; `launch_of` asks the ledger."""
-    steps = tuple(
-        StopProcess(step.process, launch_of(step.process)) if isinstance(step, StopProcess) else step
-        for step in plan.steps
-    )
-    return replace(plan, steps=steps)
+    """The same plan whose steps know how to start a process again, for undoing; `launch_of` asks the ledger."""
+
+    def known(step: Step) -> Step:
+        match step:
+            case StopProcess(process, _):
+                return StopProcess(process, launch_of(process))
+            case SucceedProcess(_, after, process):
+                return SucceedProcess(launch_of(process), after, process)
+            case _:
+                return step
+
+    return replace(plan, steps=tuple(map(known, plan.steps)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.model import HelperKey, Registration, Status, Target
@@ -76,6 +76,39 @@ def used_here(observed: Observed) -> set[HelperKey]:
     applied = observed.applied
     recorded = {r.key for r in applied.registrations} if applied else set()
     return recorded | {key for listing in observed.listings for key in listing.helpers}
+
+
+def registrations_of(
+    observed: Observed, target: Target | None, half_done: Sequence[Registration]
+) -> tuple[Registration, ...]:
+    """The live registrations that belong to a profile: by the ledger; else by its file and its own rules.
+
+    Without either, a stock registration of ours is known by carrying, disabled, the queue number of an attached one.
+    `half_done` are those that a killed command made, or was about to take away.
+    """
+    half = _exactly(half_done, observed)
+    if observed.applied is not None:
+        # With those that no profile uses any more: an earlier teardown had to leave them.
+        unused = [r for key, r in observed.recorded.items() if key not in observed.users]
+        return tuple({r.key: r for r in (*half, *unused, *observed.applied.registrations)}.values())
+    attached = {key for listing in observed.listings for key in listing.helpers}
+    ours = [r for r in observed.registrations if r.key in attached]
+    served = {(r.queue_num, r.key.l3proto, r.key.l4proto) for r in ours}
+    stock = [
+        r
+        for r in observed.registrations
+        if r.status is Status.DISABLED
+        and r.key not in attached
+        and (r.queue_num, r.key.l3proto, r.key.l4proto) in served
+    ]
+    exact = _exactly((*target.registrations, *target.stock), observed) if target else []
+    return tuple({r.key: r for r in (*half, *ours, *stock, *exact)}.values())
+
+
+def _exactly(wanted: Sequence[Registration], observed: Observed) -> list[Registration]:
+    """Those live registrations that are as wanted, but for their status."""
+    quiet = {replace(r, status=Status.DISABLED) for r in wanted}
+    return [r for r in observed.registrations if replace(r, status=Status.DISABLED) in quiet]
 
 
 def leaving_of(candidates: list[Registration], observed: Observed) -> Leaving:

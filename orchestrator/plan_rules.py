@@ -16,6 +16,8 @@ def rules_reason_of(rules: Rules, observed: Observed, *, attached: set[HelperKey
     listing = live_listing(rules, observed)
     if listing is None:
         return "not loaded"
+    if not listing.digest:
+        return "somebody emptied them"
     if listing.digest != rules.digest:
         return "the profile changed"
     if observed.baseline is None or observed.baseline.text != listing.text:

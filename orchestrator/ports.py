@@ -143,6 +143,14 @@ class RuleBackend(Protocol):
         """Names of helpers that rules *not* written by orch attach in the namespace; loads no kernel module."""
 
 
+@dataclass(frozen=True, slots=True)
+class LabelRule:
+    """A rule that sets or matches a bit (0..127) of the connection label; `place` is family, table and chain."""
+
+    place: str
+    bit: int
+
+
 class Host(Protocol):
     """Everything else that is looked at: modules, queues, namespaces, connections. Nothing here changes anything.
 
@@ -161,6 +169,9 @@ class Host(Protocol):
 
     def known_netns(self) -> tuple[Netns, ...]:
         """The caller's namespace and all named ones."""
+
+    def netns_cookie(self, netns: Netns) -> int:
+        """What tells a namespace from a later one that got its identity; raises PreflightError if it is gone."""
 
     def queues(self, netns: Netns) -> tuple[QueueRow, ...]:
         """Bound queues; empty if nfnetlink_queue is not loaded."""
@@ -185,6 +196,15 @@ class Host(Protocol):
 
     def foreign_queues(self, netns: Netns) -> tuple[str, ...]:
         """Base chains, not written by orch, that lead to a queue before source NAT."""
+
+    def foreign_labels(self, netns: Netns) -> tuple[LabelRule, ...]:
+        """Rules, not written by orch, that set or match connection labels; loads no kernel module."""
+
+    def interfaces(self, netns: Netns) -> Mapping[str, str]:
+        """Names of all interfaces, each with the VRF that it belongs to, empty for none."""
+
+    def module_ports(self, module: str) -> tuple[int, ...]:
+        """What a module was loaded with as `ports=`; it takes a name of its own for each port but its usual one."""
 
     def machine(self) -> Machine: ...
     def probe(self) -> Mapping[str, str]:
@@ -216,6 +236,7 @@ class ProcessSeen:
     `digest` identifies the documents it was started with; `since_s` is its age.
 
     `watched` is false when nobody is left who would disable its registrations should it die. Age does not compare.
+    `hands_over`: another process can take over from it. `queues` are those that it was started for.
     """
 
     profile: str
@@ -225,6 +246,8 @@ class ProcessSeen:
     digest: str
     since_s: float = field(compare=False)
     watched: bool
+    hands_over: bool = False
+    queues: tuple[int, ...] = ()
 
     @property
     def place(self) -> str:
@@ -291,6 +314,18 @@ class Processes(Protocol):
         Raises HelperProcessError, with the last lines of its log, if it ends or is not ready in time; then it is gone.
         """
 
+    def succeed(self, launch: Launch) -> int:
+        """Let a new process take over the queues of the one that runs under its name; returns the pid.
+
+        The new one listens on queues of both then. Raises HelperProcessError if it does not; the other one goes on.
+        """
+
+    def serve(self, launch: Launch, queues: tuple[int, ...]) -> None:
+        """Let the process of that name serve just these queues: what waits in others is dropped.
+
+        Raises HelperProcessError.
+        """
+
     def stop(self, process: ProcessSeen) -> None:
         """End the process; its supervisor does not start it again."""
 
@@ -309,6 +344,12 @@ class Processes(Protocol):
     def last_words(self, profile: str, netns: Netns, name: str) -> str:
         """How the process of that name ended last, or the last line it wrote; empty if unknown."""
 
+    def reconciles(self, profile: str, netns: Netns) -> bool:
+        """Whether the supervisor of a profile is told to have drift mended."""
+
+    def set_reconcile(self, profile: str, netns: Netns, *, is_on: bool) -> None:
+        """Tell it that, or that it is not."""
+
     def cleanup(self, profile: str, netns: Netns) -> None:
         """Remove the runtime directory of a profile."""
 
@@ -321,6 +362,9 @@ class Modules(Protocol):
 class Clock(Protocol):
     def monotonic(self) -> float:
         """Seconds since some start, never set back."""
+
+    def boottime(self) -> float:
+        """Seconds since the boot, those that the host slept through included; the same in every process."""
 
     def sleep(self, seconds: float) -> None: ...
 

@@ -196,6 +196,14 @@ def _restart_limit(value: object) -> int:
     return value
 
 
+def _confirm_within(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise fault(f"{show(value)} is not a number of seconds", f"0 to {model.CONFIRM_MAX_S}")
+    if not 0 <= value <= model.CONFIRM_MAX_S:
+        raise fault(f"{value} seconds are out of range", f"0 to {model.CONFIRM_MAX_S}; 0 is not at all")
+    return value
+
+
 def _duration(value: object) -> int:
     seconds = _seconds(value)
     if not seconds:
@@ -459,6 +467,19 @@ class ProfileDoc(_Strict):
         BeforeValidator(_list),
         _schema("Address families; default: both", **_items(_words(L3Proto))),
     ] = tuple(L3Proto)
+    reconcile: Annotated[
+        bool, PlainValidator(_flag), _schema("Mend what others change; default: false", type="boolean")
+    ] = False
+    confirm_within_s: Annotated[
+        int,
+        PlainValidator(_confirm_within),
+        _schema(
+            "Undo an apply that is not confirmed within so many seconds; default: 0, keep it",
+            type="integer",
+            minimum=0,
+            maximum=model.CONFIRM_MAX_S,
+        ),
+    ] = 0
     helpers: Annotated[dict[str, HelperDoc], Field(description="Helpers by a name of your choice", min_length=1)]
 
 

@@ -12,8 +12,8 @@ from typing import TypeVar
 
 from orchestrator.document import (
     parse_helper,
-    parse_processes,
     parse_registrations,
+    parse_supervise,
     problems_of_iptables,
     problems_of_nft,
 )
@@ -116,6 +116,7 @@ class View:
     registrations: tuple[Registration, ...]
     stock: tuple[Registration, ...]
     processes: tuple[ProcessSpec, ...]
+    reconcile: bool
     objects: tuple[HelperKey, ...]
     queue_chains: tuple[QueueChain, ...]
     chains: tuple[NftChain, ...]
@@ -143,16 +144,18 @@ def target(desired: Desired, *, template_dir: pathlib.Path | None = None) -> Tar
     conntrackd = (templates.document(CONNTRACKD, view),) if view.conntrackd_types else ()
     helpers = tuple(document for native in desired.natives for document in _helper(templates, view, native))
     parsed = templates.parsed(registrations, parse_registrations)
+    processes, reconcile = templates.parsed(supervise, parse_supervise)
     return Target(
         profile=desired.profile,
         documents=(registrations, *rules.documents, *conntrackd, *helpers, supervise),
         registrations=parsed[0],
         stock=parsed[1],
         rules=rules,
-        processes=templates.parsed(supervise, parse_processes),
+        processes=processes,
         modules=desired.modules,
         attachments=desired.attachments,
         rule_queues=desired.rule_queues,
+        reconcile=reconcile,
     )
 
 
@@ -166,6 +169,7 @@ def view_of(desired: Desired) -> View:
         registrations=desired.registrations,
         stock=desired.stock,
         processes=desired.processes,
+        reconcile=desired.reconcile,
         objects=tuple(sorted({a.key for a in attachments})) if is_nft else (),
         queue_chains=tuple(QueueChain(_queue_chain(q), queue_rules(q)) for q in desired.rule_queues),
         chains=(*_attach_chains(desired), *_queue_hooks(desired.rule_queues)) if is_nft else (),
@@ -294,7 +298,7 @@ def _digest(documents: tuple[Document, ...]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _builtin_templates() -> pathlib.Path:
+def builtin_templates() -> pathlib.Path:
     """Where our templates are: inside the package in a wheel, beside it in the source tree."""
     package = pathlib.Path(__file__).parent
     installed = package / "data" / "templates"
@@ -310,7 +314,7 @@ class _Templates:
 
         if own is not None and not own.is_dir():
             raise ProfileError((Problem(str(own), 0, 0, "no such template directory"),))
-        self._directories = ([own] if own else []) + [_builtin_templates()]
+        self._directories = ([own] if own else []) + [builtin_templates()]
         self._environment = SandboxedEnvironment(
             loader=FileSystemLoader(self._directories),
             undefined=StrictUndefined,

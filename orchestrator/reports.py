@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from orchestrator.errors import RefusedError
 from orchestrator.execute import Outcome
-from orchestrator.state import Owner, Plan, Refusal
+from orchestrator.state import Applied, Observed, Owner, Pending, Plan, Refusal, Wanted
 
 RELATED_RULE = "ct state established,related accept"
 
@@ -35,6 +35,40 @@ class Talk:
 
 
 @dataclass(frozen=True, slots=True)
+class Trial:
+    """An apply that is undone after `within_s` seconds unless somebody confirms it.
+
+    `guard` starts who undoes it then, and raises OrchError if that fails. `accepts_loss` is for connections: nothing
+    gives them back their helper.
+    """
+
+    within_s: float
+    guard: Callable[[], None]
+    accepts_loss: bool = False
+
+    def begin(self, wanted: Wanted, prior: Applied | None, *, now_s: float) -> Pending:
+        return Pending(wanted.owner, wanted.source, prior, self.within_s, now_s + self.within_s)
+
+
+def worth_trying(trial: Trial | None, wanted: Wanted, plan: Plan, observed: Observed) -> Trial | None:
+    """The trial, None where it would return to the same. Raises RefusedError for what could not be undone."""
+    applied = observed.applied
+    if trial is None or plan.is_empty or (applied and applied.target == wanted.target):
+        return None
+    if plan.cut and not trial.accepts_loss:
+        raise RefusedError(
+            f"live connections would lose their helper ({plan.cut}), which cannot be undone",
+            hint="--accept-connection-loss if that is meant",
+        )
+    if applied is None and (observed.listings or observed.processes):
+        raise RefusedError(
+            "the ledger does not know what is here already, so it could not be brought back",
+            hint="apply without --confirm-within, or tear it down before",
+        )
+    return trial
+
+
+@dataclass(frozen=True, slots=True)
 class Difference:
     """What diff shows: the plan, the texts of the rules before and after, and what somebody else changed in them."""
 
@@ -51,7 +85,7 @@ class Difference:
 class Report:
     """How an apply or a teardown ended. `leftovers` is what a teardown could not take away.
 
-    `is_forgotten` tells that the ledger alone still knew the profile.
+    `is_forgotten` tells that the ledger alone still knew the profile, `pending` that it has to be confirmed.
     """
 
     plan: Plan
@@ -59,6 +93,7 @@ class Report:
     leftovers: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     is_forgotten: bool = False
+    pending: Pending | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,6 +81,8 @@ def resolve(tree: Tree, document: ProfileDoc, *, incomplete: frozenset[str], own
         if choice is not None:
             told += warnings(choice, document.families)
             attached.append(_attach(tree, choice, document))
+    if document.reconcile and attached and all(a.choice.is_kernel for a in attached):
+        told.append("no helper here has a process, so drift is mended only while orch run or orch watch runs")
     whole = [a for a in attached if a.choice.label not in incomplete]
     _check_names(tree, whole)
     _check_overlaps(tree, whole)
@@ -249,6 +251,8 @@ def _desired(
         rule_queues=tuple(_rule_queue(a, numbers) for a in natives if a.choice.is_by_rules),
         natives=tuple(_native(a, numbers) for a in natives),
         families=document.families,
+        reconcile=document.reconcile,
+        confirm_within_s=document.confirm_within_s,
     )
 
 

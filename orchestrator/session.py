@@ -82,6 +82,7 @@ WaitOption = Annotated[
     float, typer.Option("--wait", envvar="ORCH_WAIT", min=0, help="Seconds to wait for another orch to finish.")
 ]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", envvar="ORCH_YES", help="Answer every question with yes.")]
+AskOption = Annotated[bool, typer.Option("--ask", envvar="ORCH_ASK", help="Show the plan and ask before it runs.")]
 FullOption = Annotated[bool, typer.Option("--full", envvar="ORCH_FULL", help="Show the text of the rules as a diff.")]
 
 DEFAULT_STATE = Path("/run/orch")
@@ -145,9 +146,17 @@ class Session:
         sys.stderr.write(plan_text(plan, plan.profile, self.paint()))
         sys.stderr.write(f'{reason} Only "yes" is accepted: '.lstrip())
         sys.stderr.flush()
+        with self.asking():
+            return sys.stdin.readline().strip() == "yes"
+
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """While somebody is asked, a signal that is caught ends the command at once, with Interrupted."""
         self._is_asking = True
         try:
-            return sys.stdin.readline().strip() == "yes"
+            if self.signal_number:
+                raise Interrupted(self.signal_number)
+            yield
         finally:
             self._is_asking = False
 

@@ -77,12 +77,55 @@ class Applied:
 
 
 @dataclass(frozen=True, slots=True)
+class Pending:
+    """An apply that is undone at its deadline unless somebody confirms it; `prior` is what was applied before it.
+
+    `deadline_s` is on the boot clock (CLOCK_BOOTTIME: it goes on while the host sleeps); `within_s` was asked for.
+    """
+
+    owner: Owner
+    source: str
+    prior: Applied | None
+    within_s: float
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """A line of the history of a profile in a namespace: what was applied, and which command did it."""
+
+    command: str
+    applied: Applied
+
+
+@dataclass(frozen=True, slots=True)
+class Repair:
+    """What was mended, and when, in seconds of the monotonic clock."""
+
+    subject: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Mending:
+    """What watching has done for a profile lately. `trouble` is why it does not mend it now, empty if it does.
+
+    Nothing is mended before `held_until`, in seconds of the monotonic clock.
+    """
+
+    repairs: tuple[Repair, ...] = ()
+    held_until: float = 0.0
+    trouble: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Observed:
     """The system as it is, for one profile in one namespace. Registrations are host-wide, the rest is the namespace's.
 
     `users` are the *other* owners of each key; `deaf` those of them whose namespace has no listener on its queue.
     `neighbours` are other profiles in this namespace. `kernel_helpers` are the (name, l4proto) taken by loaded kernel
-    modules. `foreign_references` are helper names that rules not written by orch attach.
+    modules. `foreign_references` are helper names that rules not written by orch attach. `reconciles`: the supervisor
+    of the profile has drift mended.
     """
 
     netns: Netns
@@ -104,6 +147,7 @@ class Observed:
     foreign_references: frozenset[str]
     missing_programs: frozenset[str]
     has_cthelper: bool
+    reconciles: bool
     connections: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -152,6 +196,27 @@ class StopProcess:
 
 
 @dataclass(frozen=True, slots=True)
+class SucceedProcess:
+    """A new process takes over the queues of the one that runs under its name, and binds its own besides.
+
+    `before` is how that was started; None where the ledger does not remember.
+    """
+
+    before: Launch | None
+    after: Launch
+    process: ProcessSeen
+
+
+@dataclass(frozen=True, slots=True)
+class ServeQueues:
+    """A process binds the queues in `after` that it has not, and lets go of others; `before` are those it had."""
+
+    launch: Launch
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class WatchProcess:
     launch: Launch
     process: ProcessSeen
@@ -181,6 +246,14 @@ class RemoveRules:
     before: Rules
 
 
+@dataclass(frozen=True, slots=True)
+class SetReconcile:
+    """Tell the supervisor of a profile whether to have drift mended."""
+
+    profile: str
+    is_on: bool
+
+
 Step = (
     LoadModule
     | CreateRegistration
@@ -189,12 +262,57 @@ Step = (
     | KeepRegistrations
     | StartProcess
     | StopProcess
+    | SucceedProcess
+    | ServeQueues
     | WatchProcess
     | DrainQueues
     | LoadRules
     | FlushRules
     | RemoveRules
+    | SetReconcile
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Unsettled:
+    """A transaction that a killed command left, or one whose failure could not be undone.
+
+    `planned` are all of its steps, `begun` those that may have an effect still, oldest first, each with its place.
+    """
+
+    id: int
+    command: str
+    owner: Owner
+    planned: tuple[Step, ...]
+    begun: tuple[tuple[int, Step], ...]
+
+    def is_of(self, owner: Owner) -> bool:
+        return (self.owner.profile, self.owner.netns.identity) == (owner.profile, owner.netns.identity)
+
+    @property
+    def is_teardown(self) -> bool:
+        return self.command == "teardown"
+
+    @property
+    def sentence(self) -> str:
+        """What was not finished, and how far it came."""
+        if not self.begun:
+            return f"{self.command} of {self.owner} was not finished"
+        sequence, step = self.begun[-1]
+        place = f"step {sequence + 1} of {len(self.planned)}, {describe(step)}"
+        return f"{self.command} of {self.owner} was not finished ({place})"
+
+    @property
+    def remedy(self) -> str:
+        """What becomes of it: half an apply is undone, half a teardown is finished."""
+        return "finishes it" if self.is_teardown else "undoes it"
+
+    @property
+    def registrations(self) -> tuple[Registration, ...]:
+        """Those that are ours by this transaction, whatever else is known of them."""
+        made = (step.registration for _, step in self.begun if isinstance(step, CreateRegistration))
+        going = (step.registration for step in self.planned if isinstance(step, DeleteRegistration))
+        return (*made, *going)
 
 
 def inverse(step: Step, netns: Netns) -> Step | None:
@@ -209,17 +327,22 @@ def inverse(step: Step, netns: Netns) -> Step | None:
         case KeepRegistrations():
             return step
         case StartProcess(launch):
-            return StopProcess(
-                ProcessSeen(launch.profile, netns.identity, launch.spec.name, 0, "", 0, watched=False), None
-            )
+            name, digest = launch.spec.name, launch.digest
+            return StopProcess(ProcessSeen(launch.profile, netns.identity, name, 0, digest, 0, watched=False), None)
         case StopProcess(_, launch):
             return None if launch is None else StartProcess(launch)
+        case SucceedProcess(before, after, process):
+            return None if before is None else SucceedProcess(after, before, process)
+        case ServeQueues(launch, before, after):
+            return ServeQueues(launch, after, before)
         case LoadRules(None, after):
             return RemoveRules(after)
         case LoadRules(before, after) if before is not None:
             return LoadRules(after, before)
         case FlushRules(before) | RemoveRules(before):
             return LoadRules(None, before)
+        case SetReconcile(profile, is_on):
+            return SetReconcile(profile, not is_on)
         case _:
             return None
 
@@ -241,6 +364,10 @@ def describe(step: Step) -> str:
             return f"start {launch.spec.name}"
         case StopProcess(process, _):
             return f"stop {process.name}"
+        case SucceedProcess(_, after, _):
+            return f"hand over to a new {after.spec.name}"
+        case ServeQueues(launch, before, after):
+            return _describe_queues(launch.spec.name, before, after)
         case WatchProcess(launch, _):
             return f"watch {launch.spec.name}"
         case DrainQueues(queues):
@@ -251,6 +378,15 @@ def describe(step: Step) -> str:
             return f"flush rules {rules_name(before)}"
         case RemoveRules(before):
             return f"remove rules {rules_name(before)}"
+        case SetReconcile(_, is_on):
+            return "have drift mended" if is_on else "leave drift alone"
+
+
+def _describe_queues(name: str, before: tuple[int, ...], after: tuple[int, ...]) -> str:
+    left = [str(number) for number in before if number not in after]
+    if left:
+        return f"{name} leaves queue {', '.join(left)}"
+    return f"{name} serves queue {', '.join(map(str, after))}"
 
 
 def _describe_update(before: Registration, after: Registration) -> str:

@@ -18,7 +18,7 @@ from orchestrator.model import (
     RuleQueue,
 )
 from orchestrator.ports import Lifetimes, ProcessSeen, ProcessState, Supervised, System
-from orchestrator.state import Action, Applied, HelperSummary, Observed, Owner, Plan
+from orchestrator.state import Action, Applied, HelperSummary, Observed, Owner, Plan, Unsettled
 
 _HUNG_AFTER_S = 2.0
 
@@ -103,8 +103,27 @@ class HelperStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class Waiting:
+    """What is applied waits for its confirmation for another `left_s`, below 0 when that is over.
+
+    `is_watched` tells that somebody is there who undoes it then; else the next command that writes does.
+    """
+
+    left_s: float
+    is_watched: bool
+
+    @property
+    def is_overdue(self) -> bool:
+        return self.left_s <= 0
+
+
+@dataclass(frozen=True, slots=True)
 class ProfileStatus:
-    """An applied profile; `drift` has a line for everything that is not as it was applied."""
+    """An applied profile; `drift` has a line for everything that is not as it was applied.
+
+    `trial` is None unless it has to be confirmed. `mending` is why watching does not mend it,
+    empty if it does or nobody watches.
+    """
 
     owner: Owner
     source: str
@@ -112,6 +131,8 @@ class ProfileStatus:
     applied_at: float
     helpers: tuple[HelperStatus, ...]
     drift: tuple[str, ...]
+    trial: Waiting | None = None
+    mending: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +144,7 @@ class HostStatus:
 
     profiles: tuple[ProfileStatus, ...]
     unknown: tuple[Owner, ...]
-    unsettled: tuple[str, ...]
+    unsettled: tuple[Unsettled, ...]
     working: bool = False
 
     @property
@@ -131,7 +152,9 @@ class HostStatus:
         """Nothing is other than it was applied, and every helper works."""
         helpers = [helper for profile in self.profiles for helper in profile.helpers]
         is_as_applied = not (self.unknown or self.unsettled or any(profile.drift for profile in self.profiles))
-        return is_as_applied and all(helper.state.is_well for helper in helpers)
+        trials = [profile.trial for profile in self.profiles if profile.trial]
+        is_guarded = all(trial.is_watched and not trial.is_overdue for trial in trials)
+        return is_as_applied and is_guarded and all(helper.state.is_well for helper in helpers)
 
 
 def lost_profile(applied: Applied, reason: str) -> ProfileStatus:

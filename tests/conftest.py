@@ -7,9 +7,6 @@ import signal
 from collections.abc import Generator
 
 import pytest
-from hypothesis import settings
-
-settings.register_profile("quick", max_examples=25)  # for `make check`; `make test` takes the usual hundred
 
 
 def pytest_configure() -> None:

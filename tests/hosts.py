@@ -30,10 +30,11 @@ class Harness:
     warnings: list[str] = field(default_factory=list)
     questions: list[str] = field(default_factory=list)
     signal_number: int = 0
+    boot_id: str = "boot-1"
 
     def app(self, netns: str | None = None) -> App:
         talk = Talk(self._step, self.warnings.append, self._confirm, lambda: self.signal_number)
-        return App(self.system, self.state_dir, "boot-1", talk, netns)
+        return App(self.system, self.state_dir, self.boot_id, talk, netns)
 
     def apply(self, text: str, netns: str | None = None) -> Report:
         desired, target = both(text)

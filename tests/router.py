@@ -7,6 +7,7 @@ be stated on the bytes that arrive and on the expectations that exist.
 from __future__ import annotations
 
 import errno
+import json
 import socket
 import struct
 from collections.abc import Iterator
@@ -120,6 +121,12 @@ class Router:
         """Another process takes over: all that the first one knew is gone."""
         self.inspector = Inspector(self.helper, self.duty, self)
         self.decoder = Decoder()
+
+    def hand_over(self) -> None:
+        """Another process goes on with what this one knows."""
+        memory = json.loads(json.dumps(self.inspector.memory()))
+        self.restart()
+        self.inspector.remember(memory)
 
     # -- what the kernel queues --------------------------------------------------------------------------------------
 

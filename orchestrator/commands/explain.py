@@ -88,12 +88,14 @@ def _end(text: str) -> tuple[str, int]:
 
     address, _, port = text.rpartition(":") if text.count(":") == 1 or "]:" in text else (text, "", "0")
     try:
-        found, number = ipaddress.ip_address(address.removeprefix("[").removesuffix("]")), int(port)
+        found = ipaddress.ip_address(address.removeprefix("[").removesuffix("]"))
     except ValueError:
         raise UsageError(f"{text!r} is not an end of a connection", hint=_HINT) from None
-    if not 0 <= number <= 0xFFFF:
-        raise UsageError(f"port {number} is out of range", hint="ports are 1 to 65535")
-    return str(found), number
+    if not (port.isascii() and port.isdigit()):
+        raise UsageError(f"{port!r} is not a port", hint=_HINT)
+    if int(port) > 0xFFFF:
+        raise UsageError(f"port {port} is out of range", hint="ports are 1 to 65535")
+    return str(found), int(port)
 
 
 def _question(app: App, netns: Netns, *, l4proto: str, ends: Ends, iif: str, oif: str) -> Question:
@@ -105,6 +107,9 @@ def _question(app: App, netns: Netns, *, l4proto: str, ends: Ends, iif: str, oif
     if iif and oif:
         raise UsageError("--iif is for what comes in, --oif for what this host opens: give one of them")
     if iif or oif:
+        there = app.system.host.interfaces(netns)
+        if (iif or oif) not in there:
+            raise UsageError(f"there is no interface {iif or oif!r} in netns {netns}", hint=", ".join(sorted(there)))
         way = explaining.Way(Path.INCOMING, iif) if iif else explaining.Way(Path.OUTGOING, oif)
         return explaining.Question(L4Proto(l4proto), ends, (way,), "as the options say")
     host = app.system.host

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from orchestrator.errors import UsageError
+from orchestrator.errors import OrchError, UsageError
 from orchestrator.session import (
     DEFAULT_STATE,
     Colour,
@@ -55,7 +55,7 @@ def exporter(
     colour: ColourOption = Colour.AUTO,
     verbose: VerboseOption = 0,
     is_quiet: QuietOption = False,
-) -> int:
+) -> ExitCode:
     """Serve metrics of all profiles and namespaces for Prometheus, until a signal ends it."""
     session = new_session("exporter", False, colour, verbose, is_quiet)
     address, port = parse_listen(listen)
@@ -94,13 +94,16 @@ def _once(scraper: Scraper, textfile: Path | None) -> ExitCode:
     registry = CollectorRegistry()
     registry.register(OrchCollector(scraper.look, lambda: taken))
     if textfile:
-        write_to_textfile(str(textfile), registry)
+        try:
+            write_to_textfile(str(textfile), registry)
+        except OSError as error:  # which names a temporary file
+            raise OrchError(f"cannot write the metrics: {error.strerror}", where=str(textfile)) from error
     else:
         sys.stdout.write(generate_latest(registry).decode())
     return ExitCode.OK
 
 
-def _serve(session: Session, scraper: Scraper, *, address: str, port: int, drift_interval_s: float) -> int:
+def _serve(session: Session, scraper: Scraper, *, address: str, port: int, drift_interval_s: float) -> ExitCode:
     from prometheus_client import CollectorRegistry, ProcessCollector
 
     from orchestrator.exporter.metrics import OrchCollector
@@ -116,6 +119,6 @@ def _serve(session: Session, scraper: Scraper, *, address: str, port: int, drift
     with serving(registry, address, port) as url:
         surveyor.start()
         session.say(f"Serving {url}")
-        number = signal.sigwait(_ENDS)
+        signal.sigwait(_ENDS)
         surveyor.stop()
-    return 128 + number
+    return ExitCode.OK

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from orchestrator.model import HelperKey, L3Proto, L4Proto, Netns, QueueRow, Registration
-from orchestrator.ports import HelperRule, Machine, ProcessSeen
+from orchestrator.ports import HelperRule, LabelRule, Machine, ProcessSeen
 from orchestrator.state import Applied
 from orchestrator.status import HostStatus
 
@@ -34,7 +34,10 @@ def seen(value: T | Unseen) -> T:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One network namespace. `queue_holders` names who bound each queue, `sysctls` are settings by their short name."""
+    """One network namespace. `queue_holders` names who bound each queue, `sysctls` are settings by their short name.
+
+    `interfaces` are those of the namespace, each with the VRF that it belongs to.
+    """
 
     netns: Netns
     rules: tuple[HelperRule, ...] | Unseen
@@ -44,6 +47,8 @@ class Place:
     sysctls: Mapping[str, str] | Unseen
     unrelated_filters: tuple[str, ...] | Unseen
     foreign_queues: tuple[str, ...] | Unseen
+    foreign_labels: tuple[LabelRule, ...] | Unseen
+    interfaces: Mapping[str, str] | Unseen
     flowtables: tuple[str, ...] | Unseen
 
 
@@ -52,7 +57,8 @@ class Facts:
     """A host. `registrations` are those of all namespaces; `is_whole` is false if only some of them were looked into.
 
     `kernel_helpers` are the (name, l4proto) that loaded modules have taken, by module. `ledger_trouble` says why the
-    ledger could not be read. `stale` are runtime directories that belong to nothing. `answers` are those of the kernel
+    ledger could not be read. `stale` are runtime directories that belong to nothing, `trials` those of killed runs of
+    `orch verify`, with their registrations. `answers` are those of the kernel
     to --probe by module, None if it was not asked.
     """
 
@@ -67,6 +73,7 @@ class Facts:
     processes: tuple[ProcessSeen, ...]
     ledger_trouble: str
     stale: tuple[str, ...]
+    trials: Mapping[str, tuple[HelperKey, ...]] | Unseen
     places: tuple[Place, ...]
     is_whole: bool
     answers: Mapping[str, str] | None = None

@@ -13,10 +13,11 @@ from orchestrator.doctor.facts import Facts, Place, Unseen
 from orchestrator.doctor.host_probes import MODULES
 from orchestrator.errors import OrchError
 from orchestrator.journal import Ledger
-from orchestrator.model import Netns, QueueRow
+from orchestrator.model import L4Proto, Netns, QueueRow
 from orchestrator.observe import module_helpers
 from orchestrator.ports import Host
 from orchestrator.state import Applied
+from orchestrator.verify.trials import abandoned
 
 T = TypeVar("T")
 
@@ -42,12 +43,18 @@ def gather(app: App, *, answers: Mapping[str, str] | None = None) -> Facts:
     names = (*MODULES, *helpers)
     loaded = host.loaded_modules(names)
     processes = system.processes.running()
+    registrations = _look(system.registry.dump)
+    registered = () if isinstance(registrations, Unseen) else registrations
     return Facts(
         machine=host.machine(),
         loaded=loaded,
         available=host.available_modules(MODULES),
-        kernel_helpers={module: taken for module, taken in helpers.items() if module in loaded},
-        registrations=_look(system.registry.dump),
+        kernel_helpers={
+            module: _with_ports(taken, host.module_ports(module))
+            for module, taken in helpers.items()
+            if module in loaded
+        },
+        registrations=registrations,
         recorded=recorded,
         applied=applied,
         status=_look(app.status),
@@ -57,10 +64,16 @@ def gather(app: App, *, answers: Mapping[str, str] | None = None) -> Facts:
             app.state_dir,
             {(a.owner.profile, a.owner.netns.identity) for a in applied} | {(p.profile, p.netns) for p in processes},
         ),
+        trials=_look(lambda: abandoned(r.key for r in registered)),
         places=tuple(_place(host, netns) for netns in chosen),
         is_whole=app.netns is None,
         answers=answers,
     )
+
+
+def _with_ports(taken: frozenset[tuple[str, L4Proto]], ports: tuple[int, ...]) -> frozenset[tuple[str, L4Proto]]:
+    """A module has another name for each port but the usual one. Source: nf_ct_helper_init."""
+    return taken | {(f"{name}-{port}", l4proto) for name, l4proto in taken for port in ports}
 
 
 def _all_netns(host: Host, applied: Iterable[Applied]) -> tuple[Netns, ...]:
@@ -86,6 +99,8 @@ def _place(host: Host, netns: Netns) -> Place:
         sysctls=_look(lambda: {short: host.sysctl(netns, path) for short, path in _SYSCTLS.items()}),
         unrelated_filters=look_too(host.unrelated_filters),
         foreign_queues=look_too(host.foreign_queues),
+        foreign_labels=look_too(host.foreign_labels),
+        interfaces=_look(lambda: host.interfaces(netns)),
         flowtables=look_too(host.flowtables),
     )
 

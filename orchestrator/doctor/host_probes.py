@@ -10,6 +10,7 @@ from orchestrator.doctor.facts import Facts, Unseen, UnseenError, attaches, list
 from orchestrator.doctor.findings import Finding, HostProbe, Verdict, note, problem, warning
 from orchestrator.model import Engine, HelperKey, Registration
 from orchestrator.status import HelperState, HelperStatus, ProfileStatus
+from orchestrator.verify.trials import is_of_trial
 
 _OLDEST_KERNEL = (6, 1)
 _OLDEST_PYTHON = (3, 11)
@@ -62,7 +63,7 @@ def _answered(facts: Facts, answers: Mapping[str, str]) -> Iterable[Finding]:
     refused = [name for name, answer in answers.items() if answer.startswith("EPERM")]
     for name, answer in answers.items():
         if answer and name not in refused:
-            yield problem(f"the kernel has no {name}, or it cannot be loaded: {answer}", _module_cure(facts))
+            yield problem(f"the kernel has no {name}, or cannot load it: {answer}", _module_cure(facts))
     if refused:
         yield Finding(Verdict.SKIPPED, f"{listed(refused)}: the kernel answers root of the host only; {_ROOT}")
 
@@ -128,8 +129,8 @@ def ledger(facts: Facts) -> Iterable[Finding]:
 
 def journal(facts: Facts) -> Iterable[Finding]:
     status = seen(facts.status)
-    for what in status.unsettled:
-        yield problem(f"{what} was not finished", "the next orch apply or teardown undoes it")
+    for one in status.unsettled:
+        yield problem(one.sentence, f"the next orch apply or teardown {one.remedy}")
     if status.working:
         yield note("another orch is at work right now: what is seen may be half of something")
 
@@ -137,6 +138,12 @@ def journal(facts: Facts) -> Iterable[Finding]:
 def directories(facts: Facts) -> Iterable[Finding]:
     for path in facts.stale:
         yield warning(f"{path} belongs to no profile and no process", "remove it")
+
+
+def trials(facts: Facts) -> Iterable[Finding]:
+    for name, keys in seen(facts.trials).items():
+        left = f", and left {listed(keys)} registered" if keys else ""
+        yield warning(f"{name} was killed before its end{left}", "orch verify PROFILE, of any profile, takes it away")
 
 
 def profiles(facts: Facts) -> Iterable[Finding]:
@@ -210,6 +217,8 @@ def registrations(facts: Facts) -> Iterable[Finding]:
     stock = {r.key for a in facts.applied for r in a.target.stock}
     for registration in seen(facts.registrations):
         key = registration.key
+        if is_of_trial(key):
+            continue
         is_ours = key in facts.recorded
         if not is_ours and registration.priv_data_len < _private_len(key):
             yield problem(
@@ -268,6 +277,7 @@ HOST_PROBES = (
     HostProbe("ledger", "the ledger can be read", ledger),
     HostProbe("journal", "no command was left unfinished", journal),
     HostProbe("directories", "nothing is left over in the state directory", directories),
+    HostProbe("trials", "no orch verify was killed", trials),
     HostProbe("profiles", "every profile is as it was applied", profiles),
     HostProbe("processes", "every helper process is supervised and runs", processes),
     HostProbe("names", "no kernel module holds a name that a helper needs", taken_names),

@@ -157,6 +157,36 @@ def foreign_queues(_: Facts, place: Place) -> Iterable[Finding]:
         )
 
 
+def labels(facts: Facts, place: Place) -> Iterable[Finding]:
+    """Whoever sets a bit that our rules queue by has us inspect what no helper is attached to."""
+    ours = {
+        queue.label: f"{queue.helper} of profile {applied.owner.profile}"
+        for applied in facts.applied_at(place.netns)
+        for queue in applied.target.rule_queues
+    }
+    if not ours:
+        return
+    for rule in seen(place.foreign_labels):
+        if rule.bit in ours:
+            yield problem(
+                f"{rule.place} uses bit {rule.bit} of connection labels, by which {ours[rule.bit]} is queued",
+                "give that helper another one with label:, then orch apply",
+            )
+
+
+def vrf(facts: Facts, place: Place) -> Iterable[Finding]:
+    """Source: vrf_output in drivers/net/vrf.c runs the postrouting hook a first time, for what this host sends."""
+    if not any(applied.target.rule_queues for applied in facts.applied_at(place.netns)):
+        return
+    for name, master in seen(place.interfaces).items():
+        if master:
+            yield warning(
+                f"{name} belongs to the VRF {master}: what this host itself sends there passes postrouting twice, and "
+                "is queued twice",
+                "attach what comes in only (path: incoming)",
+            )
+
+
 def connection_table(_: Facts, place: Place) -> Iterable[Finding]:
     sysctls = seen(place.sysctls)
     yield from _fill("connection table", _number(sysctls, "count"), _number(sysctls, "max"), "nf_conntrack_max")
@@ -213,6 +243,8 @@ PLACE_PROBES = (
     PlaceProbe("queues", "queues have their listeners and have dropped nothing", queues),
     PlaceProbe("filters", "no filter drops what helpers expect", filters),
     PlaceProbe("foreign queues", "nobody queues packets before source NAT", foreign_queues),
+    PlaceProbe("labels", "nobody else uses the label bits of our rules", labels),
+    PlaceProbe("vrf", "no rule queues in postrouting what a VRF sends", vrf),
     PlaceProbe("connections", "the connection table has room", connection_table),
     PlaceProbe("expectations", "the table of expectations has room", expectation_table),
     PlaceProbe("automatic", "the kernel attaches no helper by itself", automatic),

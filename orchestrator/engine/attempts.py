@@ -18,16 +18,17 @@ _EVENTS = frozenset({"ctypes.call_function", "ctypes.dlopen", "ctypes.dlsym", "i
 _SHOWN = 80
 
 
-def refuse(told: Callable[[str], None]) -> None:
+def refuse(told: Callable[[str], None], *, exempt_thread: int | None = None) -> None:
     """From now on what would open, start, connect or import something raises PermissionError, and `told` is what.
 
-    There is no way back. Tracebacks show the source only where it was read before.
+    There is no way back. Tracebacks show the source only where it was read before. Of one thread, which is not the
+    helper's, nothing is told.
     """
     _forget_sources()
     sys.unraisablehook = threading.excepthook = _show
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
-        if event in _EVENTS or event.partition(".")[0] in _KINDS:
+        if (event in _EVENTS or event.partition(".")[0] in _KINDS) and threading.get_ident() != exempt_thread:
             what = event if not arguments else f"{event} {arguments[0]!r:.{_SHOWN}}"
             told(what)
             raise PermissionError(errno.EPERM, f"a helper may not do this while it serves: {what}")

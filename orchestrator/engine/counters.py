@@ -11,6 +11,7 @@ import fcntl
 import mmap
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import IntEnum
 from operator import attrgetter
@@ -25,7 +26,7 @@ class State(IntEnum):
 
 @dataclass(slots=True)
 class Counters:
-    """Everything since the process started.
+    """Everything since the process started, and those whose queues it took over.
 
     `batches` are answers to the kernel, each for one or more of the `packets`. `refused` are expectations that the
     guard or a helper refused, `rewritten` payloads changed for NAT. `parse_errors` are messages of the kernel that
@@ -85,17 +86,36 @@ class Page:
 
     __slots__ = ("_beats", "_descriptor", "_memory", "_note", "_pid", "counters", "state")
 
-    def __init__(self, path: str) -> None:
-        """Create the page; one of that name that another process still writes stays its own. Raises OSError."""
-        self._descriptor = _open_own(path)
-        os.posix_fallocate(self._descriptor, 0, _PAGE_SIZE)  # writing to memory without a disk behind it would kill us
-        self._memory = mmap.mmap(self._descriptor, _PAGE_SIZE)
-        self._pid = os.getpid()
+    def __init__(self, path: str = "") -> None:
+        """Create the page; one of that name that another process still writes stays its own. Raises OSError.
+
+        Without a name nobody sees it, until it is that of a predecessor.
+        """
         self._beats = 0
         self._note = b""
+        self._pid = os.getpid()
         self.counters = Counters()
         self.state = State.STARTING
+        if path:
+            self._descriptor = _open_own(path)
+            os.posix_fallocate(self._descriptor, 0, _PAGE_SIZE)  # to write without a disk behind it would kill us
+        else:
+            self._descriptor = os.memfd_create("page", os.MFD_CLOEXEC)
+            os.truncate(self._descriptor, _PAGE_SIZE)
+        self._memory = mmap.mmap(self._descriptor, _PAGE_SIZE)
         self.beat()
+
+    def fileno(self) -> int:
+        """For a successor, who has it locked from then on."""
+        return self._descriptor
+
+    def take_over(self, descriptor: int, counted: Mapping[str, int]) -> None:
+        """Go on in the page of a predecessor, from what it counted. Raises OSError, ValueError."""
+        self._memory = mmap.mmap(descriptor, _PAGE_SIZE)
+        os.close(self._descriptor)
+        self._descriptor = descriptor
+        for name in NAMES:
+            setattr(self.counters, name, counted.get(name, 0))
 
     def note(self, text: str) -> None:
         """What the next beat tells people; the end of a long text is lost."""

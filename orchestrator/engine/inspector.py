@@ -6,9 +6,9 @@ Every path ends in a verdict that lets the packet go on: whatever a helper or a 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 from zlib import crc32
 
 from orchestrator.engine.api import L4, NOTHING, Answer, Bounds, Direction, Expect, Flow, Helper, Source, Tuple
@@ -131,6 +131,22 @@ class Inspector:
         """No packet waits that was queued before the last verdict: what the kernel shows is true again."""
         self.written.clear()
         self._adjusted.clear()
+
+    def memory(self) -> dict[str, Any]:
+        """All that it knows and the kernel does not, for another inspector; JSON can hold it."""
+        return {
+            "written": [(ct_id, info.hex()) for ct_id, info in self.written.items()],
+            "adjusted": [(*key, *now) for key, now in self._adjusted.items()],
+            "partials": self._partials.memory(),
+        }
+
+    def remember(self, memory: Mapping[str, Any]) -> None:
+        """Take over what another one knew. Raises LookupError, TypeError, ValueError for what is none."""
+        for ct_id, info in memory["written"]:
+            _put(self.written, int(ct_id), bytes.fromhex(info))
+        for ct_id, direction, *now in memory["adjusted"]:
+            _put(self._adjusted, (int(ct_id), Direction(direction)), SequenceAdjustment(*map(int, now)))
+        self._partials.remember(memory["partials"])
 
     def inspect(self, packet: Packet) -> Outcome:
         """What to do with a packet; raises nothing for any payload."""
@@ -433,7 +449,7 @@ class Inspector:
         """The verdict with all that goes along; `again` are edits that an earlier packet of the same bytes got too."""
         info = private if private != before else None
         if info is not None:
-            self._remember(packet.ct_id, info)
+            self._note_written(packet.ct_id, info)
         change = Change(
             info=None if findings.is_written else info,
             expectation=findings.expectation,
@@ -454,7 +470,7 @@ class Inspector:
             error=findings.error,
         )
 
-    def _remember(self, ct_id: int, info: bytes) -> None:
+    def _note_written(self, ct_id: int, info: bytes) -> None:
         _put(self.written, ct_id, info)
 
     def _adjusts(

@@ -15,9 +15,9 @@ import socket
 import sys
 import threading
 import traceback  # here, because a process that has dropped its privileges may not be able to read the module
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from struct import Struct
-from time import monotonic_ns, thread_time_ns
+from time import monotonic_ns, sleep, thread_time_ns
 from types import TracebackType
 from typing import Protocol
 
@@ -30,6 +30,9 @@ from orchestrator.engine.nfqueue import Change, Packet
 RECEIVE_BUFFER = 8 << 20
 """Bytes of waiting packets that the queue socket has room for: the default holds 166 of them."""
 
+QUEUE_LENGTH = 128
+"""Packets that may wait in a queue: all of them stand still for as long as a process hangs."""
+
 BATCH = 32
 """Most packets that are read and answered at once; the first of them waits for the last."""
 
@@ -41,7 +44,14 @@ _TIMEVAL = Struct("@ll")
 _TRACEBACK_PLACES = 64
 _TRACEBACK_INTERVAL_NS = 1_000_000_000
 _STOP_STACK_LEN = 256 << 10
-_STOP = 0xFFFFFFFF  # sequence number; those of bindings are queue number + 1, those of verdicts 0
+_BIND_WITHIN_S = 2.0
+_PAUSE_AGAIN_S = 0.05
+_POLL_S = 0.005
+
+# Sequence numbers of requests: of verdicts 0, of bindings the queue number + 1; of a stop and a pause these bits with
+# the pid, as the answer to one of a process may be read by its successor.
+_BINDING_MAX = 0x10000
+_STOP, _PAUSE = 0x80000000, 0xC0000000
 
 
 class Outcome(Protocol):
@@ -128,7 +138,8 @@ class Loop:
 
     While packets come one by one, each is read and answered with two system calls. As soon as they wait, all are read
     at once (recvmmsg) and answered with one message. The inspector makes its requests through the same `answers`.
-    `accept_verdict` is for a packet whose inspection failed.
+    `accept_verdict` is for a packet whose inspection failed. `queues` are those that are bound. `has_left`: another
+    process serves them.
     """
 
     def __init__(
@@ -152,29 +163,74 @@ class Loop:
         self._counters = page.counters
         self._slots = _Slots(queue_socket)
         self._after: list[bytes] = []
-        self._bound: dict[int, int] = {}
-        self._is_stopping = False
+        self.queues: set[int] = set()
+        self._answered: dict[int, int] = {}
+        self._stop_sequence, self._pause_sequence = _STOP | os.getpid(), _PAUSE | os.getpid()
+        self._is_stopping = self._is_interrupted = False
+        self._wants_pause, self._rests, self._goes_on = False, threading.Event(), threading.Event()
+        self.has_left = False
         self._tell_next_ns = self._began_ns = 0
         self._tracebacks = _Tracebacks()
 
-    def bind(self, queue_num: int, *, is_fail_open: bool, max_len: int) -> None:
-        """Bind a queue; packets that come meanwhile are served. Raises OSError: EPERM if another socket holds it."""
-        sequence = queue_num + 1
-        self._socket.send(
-            nfqueue.encode_config(queue_num, is_fail_open=is_fail_open, max_len=max_len, sequence=sequence)
-        )
-        while sequence not in self._bound:
+    def bind(self, queue_num: int, *, is_fail_open: bool, max_len: int = QUEUE_LENGTH) -> None:
+        """Bind a queue, or only configure it; packets that come meanwhile are served. Not for use while `run` runs.
+
+        Raises OSError: EPERM if another socket holds it.
+        """
+        sequence = self._request_binding(queue_num, is_fail_open=is_fail_open, max_len=max_len)
+        self._wait_at_most(int(_BIND_WITHIN_S * 1e9))
+        while sequence not in self._answered:
             self._serve([self._slots.receive()])
-        number = self._bound.pop(sequence)
+        self._conclude_binding(queue_num)
+
+    def bind_beside(self, queue_num: int, *, is_fail_open: bool) -> None:
+        """The same from another thread, while `run` runs. Raises OSError."""
+        sequence = self._request_binding(queue_num, is_fail_open=is_fail_open, max_len=QUEUE_LENGTH)
+        deadline = monotonic_ns() + int(_BIND_WITHIN_S * 1e9)
+        while sequence not in self._answered:
+            if monotonic_ns() > deadline:
+                raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+            sleep(_POLL_S)
+        self._conclude_binding(queue_num)
+
+    def unbind(self, queue_num: int) -> None:
+        """Let go of a queue; what waits in it is dropped. From any thread."""
+        self._socket.send(nfqueue.encode_unbind(queue_num))
+        self.queues.discard(queue_num)
+
+    def _request_binding(self, queue_num: int, *, is_fail_open: bool, max_len: int) -> int:
+        """The sequence number of the answer."""
+        sequence = queue_num + 1
+        is_bound = queue_num in self.queues
+        self._socket.send(
+            nfqueue.encode_config(
+                queue_num, is_fail_open=is_fail_open, max_len=max_len, sequence=sequence, is_bound=is_bound
+            )
+        )
+        return sequence
+
+    def _conclude_binding(self, queue_num: int) -> None:
+        number = self._answered.pop(queue_num + 1)
         if number:
             raise OSError(number, os.strerror(number))
+        self.queues.add(queue_num)
 
     def run(self) -> None:
-        """Serve until `stop` was called and everything was answered that waited then. Raises OSError."""
-        alone, patience, deepest = 0, 1, 0
-        self._began_ns = thread_time_ns()
-        self._wait_at_most(_TELL_AFTER_NS)
+        """Serve until `stop` was called and everything was answered that waited then, or `leave`. Raises OSError."""
+        self._began_ns = thread_time_ns() - self._counters.busy_ns  # a predecessor may have counted, too
+        self._slots.truncated += self._counters.truncated
         while not self._is_stopping:
+            self._serve_on()
+            self._count_losses()
+            self._tell()
+            if self._is_interrupted and not self._is_stopping:
+                self._rest()
+
+    def _serve_on(self) -> None:
+        """Until the answer to a stop or a pause comes."""
+        alone, patience, deepest = 0, 1, 0
+        self._wait_at_most(_TELL_AFTER_NS)
+        while not self._is_interrupted:
             if alone < patience:
                 alone += 1
                 self._serve([self._receive()])
@@ -185,13 +241,40 @@ class Loop:
                 self._inspector.drained()
                 patience = 1 if deepest > 1 else min(2 * patience, _PATIENCE_MAX)
                 alone = deepest = 0
-        self._count_losses()
-        self._tell()
+
+    def _rest(self) -> None:
+        self._is_interrupted = False
+        if self._wants_pause:
+            self._rests.set()
+            self._goes_on.wait()
+            self._goes_on.clear()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """From another thread: nothing is read in the block, and no verdict is owed for what was read before it."""
+        self._wants_pause = True
+        self._interrupt(self._pause_sequence)
+        while not self._rests.wait(_PAUSE_AGAIN_S):  # the answer is lost while the buffer is full
+            self._interrupt(self._pause_sequence)
+        try:
+            yield
+        finally:
+            self._wants_pause = False
+            self._rests.clear()
+            self._goes_on.set()
+
+    def leave(self) -> None:
+        """Within a pause: let `run` end, as somebody else reads from now on."""
+        self.has_left = self._is_stopping = True
 
     def stop(self) -> None:
-        """End `run`, from any thread: the kernel answers this request on the queue socket, after all that waits."""
+        """End `run`, from any thread."""
+        self._interrupt(self._stop_sequence)
+
+    def _interrupt(self, sequence: int) -> None:
+        """The kernel answers this request on the queue socket, after all that waits."""
         flags = netlink.NLM_F_REQUEST | netlink.NLM_F_ACK
-        self._socket.send(netlink.message(netlink.NLMSG_NOOP, b"", flags=flags, sequence=_STOP))
+        self._socket.send(netlink.message(netlink.NLMSG_NOOP, b"", flags=flags, sequence=sequence))
 
     def _receive(self) -> memoryview:
         """Wait for a message, but tell what was counted before a long wait."""
@@ -209,7 +292,9 @@ class Loop:
 
     def _wait_at_most(self, duration_ns: int) -> None:
         """Let receiving fail with EAGAIN after a while; 0 is never."""
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(0, duration_ns // 1000))
+        self._socket.setsockopt(
+            socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(duration_ns // 10**9, duration_ns % 10**9 // 1000)
+        )
 
     def _tell(self) -> None:
         now_ns = monotonic_ns()
@@ -267,10 +352,13 @@ class Loop:
             self._answers.add(nfqueue.encode_plain_verdict(*identity, nfqueue.ACCEPT))
 
     def _take_answer(self, sequence: int, number: int) -> None:
-        if sequence == _STOP:
-            self._is_stopping = True
+        if sequence == self._stop_sequence:
+            self._is_stopping = self._is_interrupted = True
+        elif sequence == self._pause_sequence:
+            self._is_interrupted = True
         elif sequence:
-            self._bound[sequence] = number
+            if sequence <= _BINDING_MAX:  # else it is the answer to a predecessor
+                self._answered[sequence] = number
         elif number == errno.ENOENT:
             self._counters.stale += 1
         else:

@@ -41,6 +41,7 @@ _NFQA_CFG_QUEUE_MAXLEN = 3
 _NFQA_CFG_MASK = 4
 _NFQA_CFG_FLAGS = 5
 _NFQNL_CFG_CMD_BIND = 1
+_NFQNL_CFG_CMD_UNBIND = 2
 _NFQNL_COPY_PACKET = 2
 _NFQA_CFG_F_FAIL_OPEN = 1
 _NFQA_CFG_F_CONNTRACK = 2
@@ -157,15 +158,18 @@ class Change(NamedTuple):
 # -- configuration -----------------------------------------------------------------------------------------------------
 
 
-def encode_config(queue_num: int, *, is_fail_open: bool, max_len: int, sequence: int = 0) -> bytes:
+def encode_config(
+    queue_num: int, *, is_fail_open: bool, max_len: int, sequence: int = 0, is_bound: bool = False
+) -> bytes:
     """Bind a queue that holds `max_len` packets and copies whole ones, with their conntrack attributes.
 
     In one message, because a bound queue without copy mode drops packets. Never with GSO: that would merge segments.
+    One that `is_bound` by this socket is only configured: a second bind of it is EBUSY (nfqnl_recv_config).
     """
     flags = _NFQA_CFG_F_CONNTRACK | (_NFQA_CFG_F_FAIL_OPEN if is_fail_open else 0)
     body = b"".join(
         (
-            attribute(_NFQA_CFG_CMD, bytes((_NFQNL_CFG_CMD_BIND, 0, 0, 0))),
+            b"" if is_bound else _command(_NFQNL_CFG_CMD_BIND),
             attribute(_NFQA_CFG_PARAMS, _NUMBER.pack(0) + bytes((_NFQNL_COPY_PACKET,))),  # a range of 0 is everything
             attribute(_NFQA_CFG_QUEUE_MAXLEN, _NUMBER.pack(max_len)),
             attribute(_NFQA_CFG_MASK, _NUMBER.pack(_NFQA_CFG_F_CONNTRACK | _NFQA_CFG_F_FAIL_OPEN)),
@@ -174,6 +178,16 @@ def encode_config(queue_num: int, *, is_fail_open: bool, max_len: int, sequence:
     )
     request = netlink.NLM_F_REQUEST | netlink.NLM_F_ACK
     return netlink.message(_CONFIG, body, flags=request, resource=queue_num, sequence=sequence)
+
+
+def encode_unbind(queue_num: int) -> bytes:
+    """Let go of a queue, whose packets are dropped; the kernel answers only if it is not ours."""
+    command = _command(_NFQNL_CFG_CMD_UNBIND)
+    return netlink.message(_CONFIG, command, flags=netlink.NLM_F_REQUEST, resource=queue_num)
+
+
+def _command(command: int) -> bytes:
+    return attribute(_NFQA_CFG_CMD, bytes((command, 0, 0, 0)))
 
 
 # -- packets -----------------------------------------------------------------------------------------------------------

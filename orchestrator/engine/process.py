@@ -2,6 +2,8 @@
 
 It opens what root must open, becomes a user with one capability, and only then runs what others wrote, with the system
 calls that are left. It ends with 0 after SIGTERM, and with 1 and one line on standard error otherwise.
+
+Told of `helper-NAME.toml.next` it is the successor of the process that serves under that name: handover.py.
 """
 
 from __future__ import annotations
@@ -16,18 +18,16 @@ import errno
 import faulthandler
 import signal
 
-from orchestrator.engine import attempts, loading, netlink, privileges, seccomp
+from orchestrator.engine import attempts, handover, loading, netlink, privileges, seccomp
 from orchestrator.engine.api import Helper
 from orchestrator.engine.counters import Page, State
 from orchestrator.engine.ctnetlink import Client
 from orchestrator.engine.inspector import Duty, Inspector
 from orchestrator.engine.lane import Lanes
 from orchestrator.engine.loop import RECEIVE_BUFFER, Answers, Loop, stop_on
+from orchestrator.engine.names import NEXT, handover_socket
 from orchestrator.engine.seccomp import LOADING_FILTER, SERVING_FILTER
 from orchestrator.engine.settings import Settings, parse
-
-QUEUE_LENGTH = 128
-"""Packets that may wait in a queue: all of them stand still for as long as a process hangs."""
 
 _STOPS = (signal.SIGTERM,)
 
@@ -47,10 +47,11 @@ def _serve(document: str) -> None:
         settings = parse(file.read())
     user = _user(settings)
     filters = {name: _read(name) for name in (LOADING_FILTER, SERVING_FILTER)}
-    own = f"{document.removesuffix('.toml')}.py"
-    source = _read_source(own, settings.sha256) if settings.file else b""
+    source = _read_source(_beside(document), settings.sha256) if settings.file else b""
     helper = _own_helper(settings)
-    page = Page(f"{settings.name}.stats")
+    predecessor = handover.Peer(handover_socket(settings.name)) if document.endswith(NEXT) else None
+    page = Page("" if predecessor else f"{settings.name}.stats")
+    listener = None if predecessor else handover.listen(settings.name)
     queue_socket = netlink.open_queue_socket(RECEIVE_BUFFER)
     answers = Answers(queue_socket, Client(netlink.open_control_socket()), page.counters)
     os.chdir("/")
@@ -64,16 +65,33 @@ def _serve(document: str) -> None:
     lanes = Lanes(inspector, page.counters)
     loop = Loop(queue_socket, answers, inspector, page, accept_verdict=inspector.plain_verdict, shortcut=lanes)
     stop_on(loop, _STOPS)
+    door = handover.Door(loop, inspector, page, queue_socket)
     privileges.start_no_more()
+    if predecessor:
+        listener = handover.take_over(
+            predecessor, settings.queues, queue_socket=queue_socket, page=page, loop=loop, inspector=inspector
+        )
     seccomp.load(filters[SERVING_FILTER])
-    attempts.refuse(page.denied)
+    attempts.refuse(page.denied, exempt_thread=door.thread_id)
     for number in settings.queues:
         _bind(loop, number, is_fail_open=number == settings.queues[0])
     page.state = State.READY
     page.beat()
+    if predecessor:
+        predecessor.done()
+    if listener:
+        door.open(listener)
     loop.run()
+    if loop.has_left:
+        return
     page.state = State.STOPPING
     page.beat()
+
+
+def _beside(document: str) -> str:
+    """The name of the code that lies beside a document."""
+    name, _, rest = document.rpartition(".toml")
+    return f"{name}.py{rest}"
 
 
 def _user(settings: Settings) -> privileges.User:
@@ -118,7 +136,7 @@ def _duty(settings: Settings) -> Duty:
 def _bind(loop: Loop, queue_num: int, *, is_fail_open: bool) -> None:
     """Only the first queue may let packets pass when it is full: settings.py tells who is in the second."""
     try:
-        loop.bind(queue_num, is_fail_open=is_fail_open, max_len=QUEUE_LENGTH)
+        loop.bind(queue_num, is_fail_open=is_fail_open)
     except OSError as error:
         reason = {
             errno.EPERM: "it is held by another process",

@@ -6,6 +6,7 @@ open a port twice, and a command in the middle of somebody's line is not a comma
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from struct import Struct
 
 from orchestrator.engine.api import Direction
@@ -131,3 +132,12 @@ class Partials:
         """The bytes that end at `seq`; TOO_LONG if they are to be skipped, None if nothing is known of them."""
         found = self._kept.pop((ct_id, direction), None)
         return found[1] if found is not None and found[0] == seq else None
+
+    def memory(self) -> list[tuple[int, int, int, str]]:
+        """Everything, for those of another process; JSON can hold it."""
+        return [(*key, seq, data.hex()) for key, (seq, data) in self._kept.items()]
+
+    def remember(self, memory: Iterable[tuple[int, int, int, str]]) -> None:
+        """Take over what another process kept. Raises TypeError, ValueError for what is none."""
+        for ct_id, direction, seq, data in memory:
+            self.keep(int(ct_id), Direction(direction), seq=int(seq), data=bytes.fromhex(data))

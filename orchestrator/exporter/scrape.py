@@ -45,7 +45,7 @@ class Scraper:
         """Raises OrchError if the host as a whole cannot be looked at."""
         with contextlib.closing(Ledger.open(self.state_dir, boot_id=self.boot_id, create=False)) as ledger:
             profiles = ledger.applied()
-            unsettled = 0 if ledger.is_locked() else len(ledger.unsettled())
+            unsettled = len(ledger.left_alone())
         registrations = self.system.registry.dump()
         instant = _Instant(self.system, {r.key: r for r in registrations}, self._processes())
         return HostSeen(tuple(map(instant.profile, profiles)), registrations, unsettled)

@@ -14,6 +14,8 @@ from wsgiref.types import StartResponse, WSGIEnvironment
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
+from orchestrator.errors import OrchError
+
 log = logging.getLogger(__name__)
 
 
@@ -40,21 +42,31 @@ class _Handler(WSGIRequestHandler):
 
 @contextlib.contextmanager
 def serving(registry: CollectorRegistry, address: str, port: int) -> Iterator[str]:
-    """Serve while the block runs; gives the URL. Raises OSError if the address is not ours or the port is taken."""
+    """Serve while the block runs; gives the URL. Raises OrchError if the address is not ours or the port is taken."""
     metrics = make_wsgi_app(registry, disable_compression=True)
 
     def plain(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         environ.pop("HTTP_ACCEPT", None)
         return metrics(environ, start_response)  # type: ignore[no-any-return]
 
-    family, *_, where = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    with (_Server6 if family == socket.AF_INET6 else _Server)((str(where[0]), int(where[1])), _Handler) as server:
+    with _listening(address, port) as server:
         server.set_app(plain)
         thread = threading.Thread(target=server.serve_forever, name="http", daemon=True)
         thread.start()
-        host = f"[{server.server_name}]" if family == socket.AF_INET6 else server.server_name
         try:
-            yield f"http://{host}:{server.server_port}/metrics"
+            yield f"http://{_endpoint(server.server_name, server.server_port)}/metrics"
         finally:
             server.shutdown()
             thread.join()
+
+
+def _listening(address: str, port: int) -> _Server:
+    try:
+        family, *_, where = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return (_Server6 if family == socket.AF_INET6 else _Server)((str(where[0]), int(where[1])), _Handler)
+    except OSError as error:
+        raise OrchError(f"cannot serve metrics: {error.strerror}", where=_endpoint(address, port)) from error
+
+
+def _endpoint(address: str, port: int) -> str:
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"

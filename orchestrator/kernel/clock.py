@@ -9,5 +9,8 @@ class MonotonicClock:
     def monotonic(self) -> float:
         return time.monotonic()
 
+    def boottime(self) -> float:
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)

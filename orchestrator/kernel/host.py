@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from orchestrator.kernel import conntrack, modules
-from orchestrator.kernel.netns import entered, find, known
+from orchestrator.kernel.netns import cookie, entered, find, known
 from orchestrator.kernel.procfs import parse_queues, read_text
 from orchestrator.model import Backend, L3Proto, L4Proto, Netns, QueueRow
-from orchestrator.ports import HelperRule, LiveConnection, LiveExpectation, Machine, Route
+from orchestrator.ports import HelperRule, LabelRule, LiveConnection, LiveExpectation, Machine, Route
 
 _QUEUE_FILE = Path("/proc/thread-self/net/netfilter/nfnetlink_queue")  # of this thread: it follows setns
 
@@ -33,6 +33,9 @@ class KernelHost:
 
     def known_netns(self) -> tuple[Netns, ...]:
         return known()
+
+    def netns_cookie(self, netns: Netns) -> int:
+        return cookie(netns)
 
     def queues(self, netns: Netns) -> tuple[QueueRow, ...]:
         with entered(netns):
@@ -71,6 +74,19 @@ class KernelHost:
         from orchestrator.kernel.foreign_queues import foreign_queues  # libnftables is loaded only for this question
 
         return foreign_queues(netns)
+
+    def foreign_labels(self, netns: Netns) -> tuple[LabelRule, ...]:
+        from orchestrator.kernel.labels import foreign_labels  # libnftables is loaded only for this question
+
+        return foreign_labels(netns)
+
+    def interfaces(self, netns: Netns) -> Mapping[str, str]:
+        from orchestrator.kernel.links import interfaces
+
+        return interfaces(netns)
+
+    def module_ports(self, module: str) -> tuple[int, ...]:
+        return modules.ports(module)
 
     def probe(self) -> Mapping[str, str]:
         from orchestrator.kernel.probing import probe

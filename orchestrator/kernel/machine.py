@@ -38,8 +38,13 @@ def machine(find: Callable[[str], str | None]) -> Machine:
         programs={name: _version(find(name), may_run=name not in silent) for name in _PROGRAMS},
         has_seccomp=_has_library("libseccomp.so.2"),
         lsm=tuple(name for name in read_text("/sys/kernel/security/lsm").split(",") if name),
-        has_systemd=Path("/run/systemd/system").is_dir(),
+        has_systemd=has_systemd(),
     )
+
+
+def has_systemd() -> bool:
+    """Whether systemd manages this host. Source: sd_booted(3)."""
+    return Path("/run/systemd/system").is_dir()
 
 
 def _effective_capabilities() -> int:

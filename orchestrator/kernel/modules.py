@@ -61,6 +61,15 @@ def available(names: tuple[str, ...]) -> frozenset[str]:
     return frozenset(name for name in names if module_present(name) or _loadable(name))
 
 
+def ports(name: str) -> tuple[int, ...]:
+    """What a loaded helper module was told as `ports=`; empty if nothing, or if it takes none."""
+    try:
+        text = (_SYS_MODULE / name / "parameters" / "ports").read_text(encoding="ascii")
+    except OSError:
+        return ()
+    return tuple(int(part) for part in text.strip().split(",") if part.isdecimal())
+
+
 @lru_cache(maxsize=4)
 def builtin_modules(directory: Path) -> frozenset[str]:
     """Names in modules.builtin of a kernel's module directory, with `_` for `-`; empty if there is no such file."""

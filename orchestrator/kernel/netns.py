@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from struct import Struct
 
 from orchestrator.errors import PreflightError
 from orchestrator.kernel.pyroute import setns
@@ -17,6 +19,8 @@ _NAMED = (Path("/run/netns"), Path("/var/run/netns"))
 _OWN = "/proc/thread-self/ns/net"  # not /proc/self: a thread may be somewhere else than the process
 _INIT = "/proc/1/ns/net"
 _CLONE_NEWNET = 0x40000000
+_SO_NETNS_COOKIE = 71
+_COOKIE = Struct("=q")
 
 
 def find(name: str) -> Netns:
@@ -80,6 +84,16 @@ def enter(netns: Netns) -> None:
         _enter(there, netns)
     finally:
         os.close(there)
+
+
+def cookie(netns: Netns) -> int:
+    """A number that no other namespace has between two boots, while an inode is given to another one.
+
+    Raises PreflightError as `entered` does. Source: net/core/net_namespace.c, setup_net; SO_NETNS_COOKIE.
+    """
+    with entered(netns), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as there:
+        (number,) = _COOKIE.unpack(there.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, _COOKIE.size))
+        return int(number)
 
 
 @contextmanager

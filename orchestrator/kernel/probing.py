@@ -20,7 +20,7 @@ _NFTABLES = {
     "nft_ct": "ct state new ct label set 1",
     "nft_queue": "queue flags bypass to 1",
     "nft_fib": "fib daddr type multicast",
-    "payload": "@ih,0,8 >= 0",
+    "nf_tables match on inner headers (@ih)": "@ih,0,8 >= 0",
 }
 
 

@@ -24,6 +24,10 @@ class SilentError(OSError):
     """There is no supervisor, or it does not answer."""
 
 
+class EndedError(SilentError):
+    """It ended over a request, or began anew."""
+
+
 def listen(directory: str) -> socket.socket:
     """The socket of a supervisor that is about to start; that of its predecessor is no longer found. Raises OSError."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -32,6 +36,15 @@ def listen(directory: str) -> socket.socket:
             os.unlink(address)  # noqa: PTH108 (a supervisor imports no pathlib)
         listener.bind(address)
     listener.listen(_BACKLOG)
+    return listener
+
+
+def inherited() -> socket.socket:
+    """The listening socket that a supervisor was given as its standard input, which is empty from then on."""
+    listener = socket.socket(fileno=os.dup(0))
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.close(null)
     return listener
 
 
@@ -44,13 +57,17 @@ def ask(directory: str, request: Mapping[str, Any], *, taken_within_s: float, do
                 channel.connect(address)
             channel.send(encode(request))
             if decode(channel.recv(MESSAGE_MAX)) != TAKEN:
-                raise SilentError("its supervisor ends")
+                raise EndedError("its supervisor ends")
             channel.settimeout(done_within_s)
             answer = decode(channel.recv(MESSAGE_MAX))
+        except EndedError:
+            raise
+        except (ConnectionResetError, BrokenPipeError) as error:
+            raise EndedError("its supervisor ended before it took it up") from error
         except OSError as error:
             raise SilentError(f"its supervisor does not answer: {error}") from error
     if answer is None:
-        raise SilentError("its supervisor ended over it")
+        raise EndedError("its supervisor ended over it")
     return answer
 
 

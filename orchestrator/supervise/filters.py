@@ -38,12 +38,14 @@ _ANY = (
     # what is open
     *("close", "fstat", "fstat64", "lseek", "_llseek", "pread64", "pwrite64", "read", "readv", "write", "writev"),
     *("getsockopt", "recv", "recvfrom", "recvmmsg", "recvmmsg_time64", "recvmsg", "send", "sendto", "setsockopt"),
+    # handing it over: to whom root lets in, on the one socket that listens
+    *("accept4", "sendmsg"),
 )
 
 _LOADING = (
     *("access", "faccessat", "faccessat2", "fstatat64", "lstat", "lstat64", "newfstatat", "stat", "stat64", "statx"),
     *("fstatfs", "fstatfs64", "getcwd", "getdents", "getdents64", "readlink", "readlinkat", "statfs", "statfs64"),
-    *("dup", "fcntl", "fcntl64", "poll", "ppoll", "ppoll_time64", "mmap", "mmap2", "mprotect"),
+    *("dup", "dup2", "dup3", "fcntl", "fcntl64", "poll", "ppoll", "ppoll_time64", "mmap", "mmap2", "mprotect"),
     *("getpgrp", "getppid", "getresgid", "getresuid", "getrlimit", "getrusage", "sched_getaffinity", "sysinfo"),
     *("ugetrlimit", "seccomp"),
 )

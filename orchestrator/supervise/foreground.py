@@ -1,7 +1,8 @@
 """The supervisor as a service: `python -I -S foreground.py CONTRACT` in the namespace, which `orch run` becomes.
 
-It runs the commands that apply the profile and tear it down as its children; they talk to it as all commands talk to a
-supervisor. Everything that a person may want to read goes to standard output.
+Standard input is its listening socket, as it is for a supervisor in the background. It runs the commands that apply the
+profile and tear it down as its children; they talk to it as all commands talk to a supervisor. Everything that a person
+may want to read goes to standard output.
 
 CONTRACT is JSON: {profile, directory, state_dir, apply: [argument, ...], teardown: [argument, ...]}.
 """
@@ -18,19 +19,21 @@ import contextlib
 import json
 import select
 import signal
+import socket
 import time
 from collections.abc import Mapping
 from typing import TypedDict
 
-from orchestrator.supervise import control, lifetimes
+from orchestrator.supervise import control, lifetimes, place, successor, watching
+from orchestrator.supervise import supervisor as background
+from orchestrator.supervise.errands import Errands
 from orchestrator.supervise.lifecycle import Life, State
 from orchestrator.supervise.notify import Manager
 from orchestrator.supervise.service import Command, Service, Wish
 from orchestrator.supervise.supervisor import STATE_FILE, Supervisor
 
 _STDOUT = 1
-_ERROR = 3  # of the levels of sd-daemon(3)
-_OURS = "ORCH_"
+_ERROR, _WARNING = 3, 4  # of the levels of sd-daemon(3)
 _WISHES = {signal.SIGHUP: Wish.APPLY_AGAIN, signal.SIGTERM: Wish.END, signal.SIGINT: Wish.END}
 
 
@@ -51,22 +54,26 @@ class Foreground:
         self._contract = contract
         self._supervisor = supervisor
         self._manager = manager
-        self._environment = environment
+        self._errands = Errands(supervisor, environment)
         self._is_journal = "JOURNAL_STREAM" in environment
         self._service = Service()
         self._child = 0
         supervisor.is_kept = True
         supervisor.extra["service"] = True
         supervisor.on_signal = self._signalled
-        supervisor.on_reaped = self._reaped
         supervisor.on_change = self._tell
         supervisor.relay = self._print
+        watching.attach(supervisor, self._errands, directory=contract["directory"], state_dir=contract["state_dir"])
+        place.watch(supervisor, environment, self._lost_its_place)
 
     def run(self) -> int:
         """Apply, serve, tear down; the exit code."""
         self._supervisor.at(time.monotonic(), self._begin)  # not before it hears of signals and children
         self._supervisor.run()
-        if not self._supervisor.processes:
+        if self._supervisor.processes:
+            names = ", ".join(sorted(self._supervisor.processes))
+            self._print("", f"not stopped, and left to a supervisor in the background: {names}", _ERROR)
+        else:
             self._leave()
         return self._service.exit_code
 
@@ -75,21 +82,24 @@ class Foreground:
         self._keep_alive()
         self._start(self._service.begin())
 
+    def _lost_its_place(self) -> None:
+        self._print("", "its network namespace was deleted: ending", _WARNING)
+        self._signalled(signal.SIGTERM)
+
     def _signalled(self, number: int) -> None:
         wish = _WISHES.get(signal.Signals(number))
         if wish is None:
             return
         if wish is Wish.END:
+            self._supervisor.begins_anew = False  # it would apply
             self._manager.stopping(self._status())
             if self._service.running is Command.APPLY:
                 os.kill(self._child, signal.SIGTERM)  # it takes back what it has begun
         self._start(self._service.wish(wish))
 
-    def _reaped(self, pid: int, returncode: int) -> None:
-        if pid != self._child:
-            return  # an orphan that came to us as process 1
+    def _ended(self, exit_code: int) -> None:
         self._child = 0
-        following = self._service.ended(returncode if returncode >= 0 else 128 - returncode)
+        following = self._service.ended(exit_code)
         if self._service.trouble:
             self._print("", self._service.trouble, _ERROR)
         if self._service.is_over:
@@ -104,14 +114,7 @@ class Foreground:
         if command is Command.APPLY and self._service.is_serving:
             self._manager.reloading(self._status())
         argv = self._contract["apply"] if command is Command.APPLY else self._contract["teardown"]
-        self._child = os.posix_spawn(
-            argv[0],
-            argv,
-            self._environment,
-            file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)],
-            setpgroup=0,  # a terminal's INT is for us: we say when to stop
-            setsigdef=[signal.SIGHUP, signal.SIGINT, signal.SIGPIPE, signal.SIGTERM, signal.SIGXFSZ],
-        )
+        self._child = self._errands.start(argv, self._ended)
 
     def _keep_alive(self) -> None:
         if self._manager.watchdog_s:
@@ -155,16 +158,28 @@ def _say(name: str, life: Life) -> str:
 
 def main(text: str) -> int:
     contract: Contract = json.loads(text)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(_OURS)}
+    environment = dict(os.environ)
     manager = Manager.take(environment)
+    listener = control.inherited()
     try:
-        listener = control.listen(contract["directory"])
         supervisor = Supervisor(contract["directory"], contract["state_dir"], listener)
     except OSError as error:
         print(f"cannot supervise profile {contract['profile']}: {error}", file=sys.stderr)
         return 1
     lifetimes.attach(supervisor)
-    return Foreground(contract, supervisor, manager, environment).run()
+    try:
+        return Foreground(contract, supervisor, manager, environment).run()
+    finally:
+        if supervisor.processes:
+            _leave_to_another(contract, listener)
+
+
+def _leave_to_another(contract: Contract, listener: socket.socket) -> None:
+    """Processes that could not be stopped, or that ran before us, need somebody who disables what they leave behind."""
+    argv = [sys.executable, "-I", "-S", background.__file__, contract["directory"], contract["state_dir"]]
+    kept = {name: os.environ.get(name, "") for name in (background.MARK, place.VARIABLE)}
+    environment = {"LANG": "C.UTF-8", **kept}
+    successor.leave_to_another(listener, argv, environment, log=f"{contract['directory']}/{background.OWN_LOG}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import NamedTuple
 MODIFIED = 0x2
 """Written with write(2); memory that is mapped tells nothing."""
 
+MOVED_OUT = 0x40
 MOVED_IN = 0x80
 CREATED = 0x100
 DELETED = 0x200

@@ -8,22 +8,25 @@ import os
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from orchestrator.engine import counters
 from orchestrator.engine.counters import Snapshot
+from orchestrator.engine.names import NEXT, handover_socket
 from orchestrator.errors import HelperProcessError, PreflightError
 from orchestrator.model import HELPER_PROGRAM, HelperKey, Netns, ProcessSpec, Restart
 from orchestrator.ports import Clock, Launch, Lifetimes, ProcessSeen, ProcessState, Supervised
-from orchestrator.supervise import control, filters, logs, order, supervisor, traces
-from orchestrator.supervise.control import SilentError
+from orchestrator.supervise import control, filters, logs, order, place, supervisor, traces, watching
+from orchestrator.supervise.control import EndedError, SilentError
 from orchestrator.supervise.deafness import Marks, key_name
 from orchestrator.supervise.lifecycle import STOP_WITHIN_S
 from orchestrator.supervise.order import Order
@@ -87,20 +90,32 @@ class LocalProcesses:
             netns = _netns_of(pid)
             if kind == _PROCESS_MARK and netns:
                 told = supervised.get((netns, mark.profile), {}).get(mark.name, {})
-                watched = told.get("pid") == pid
-                seen.append(ProcessSeen(mark.profile, netns, mark.name, pid, mark.digest, _age_s(pid), watched))
+                if _is_successor(pid) and told.get("pid") != pid and traces.born(told.get("pid", 0)):
+                    continue  # it has not taken over yet
+                seen.append(self._seen(pid, netns, mark, is_watched=told.get("pid") == pid))
         for (netns, profile), told in supervised.items():
             waiting = [name for name, one in told.items() if one["state"] == ProcessState.BACKOFF]
             marks = (self._ordered(profile, netns, name) for name in waiting)
             seen += [ProcessSeen(profile, netns, mark.name, 0, mark.digest, 0, watched=True) for mark in marks if mark]
         return tuple(sorted(seen, key=lambda p: (p.netns, p.profile, p.name, p.pid)))
 
+    def _seen(self, pid: int, netns: str, mark: _Mark, *, is_watched: bool) -> ProcessSeen:
+        door = self._directory(mark.profile, netns) / handover_socket(mark.name)
+        return ProcessSeen(
+            mark.profile,
+            netns,
+            mark.name,
+            pid,
+            mark.digest,
+            _age_s(pid),
+            watched=is_watched,
+            hands_over=is_watched and door.exists(),
+            queues=tuple(self._order_of(mark.profile, netns, mark.name).get("queues", ())),
+        )
+
     def start(self, launch: Launch) -> int:
         directory = self._prepare(launch)
-        for name, text in launch.files.items():
-            (directory / name).write_bytes(text.encode())
-        if launch.spec.argv[0] == HELPER_PROGRAM:
-            filters.write(directory)
+        self._write_documents(directory, launch)
         name = launch.spec.name
         (directory / f"{name}.exit").unlink(missing_ok=True)
         log = directory / logs.file_name(name)
@@ -117,6 +132,32 @@ class LocalProcesses:
             where=f"netns {launch.netns}; log {log}",
             hint="its last words: " + words if words else "",
         )
+
+    def succeed(self, launch: Launch) -> int:
+        directory = self._prepare(launch, NEXT)
+        self._write_documents(directory, launch, NEXT)
+        request = {"do": "succeed", "name": launch.spec.name}
+        within_s = launch.spec.ready_within_s + _DONE_WITHIN_S
+        answer = self._ask(launch.profile, launch.netns, request, within_s=within_s)
+        if "pid" in answer:
+            return int(answer["pid"])
+        log = directory / logs.file_name(launch.spec.name)
+        words = _tail(log, 1)
+        raise HelperProcessError(
+            f"{launch.spec.name} goes on as it was, and its successor does not start: {answer.get('error')}",
+            where=f"netns {launch.netns}; log {log}",
+            hint="its last words: " + words if words else "",
+        )
+
+    def serve(self, launch: Launch, queues: tuple[int, ...]) -> None:
+        from orchestrator.engine import handover  # with the whole engine: only this needs it
+
+        try:
+            with handover.reached(self.runtime_dir(launch.profile, launch.netns), launch.spec.name) as process:
+                process.serve(queues)
+        except OSError as error:
+            where = f"netns {launch.netns}"
+            raise HelperProcessError(f"{launch.spec.name} does not change its queues: {error}", where=where) from error
 
     def watch(self, launch: Launch, process: ProcessSeen) -> None:
         self._prepare(launch)
@@ -171,6 +212,17 @@ class LocalProcesses:
             return _tail(directory / logs.file_name(name), 1)
         return f"pid {record['pid']} {record['how']} at {_say_time(record['time'])}"
 
+    def reconciles(self, profile: str, netns: Netns) -> bool:
+        return (self.runtime_dir(profile, netns) / watching.FILE).exists()
+
+    def set_reconcile(self, profile: str, netns: Netns, *, is_on: bool) -> None:
+        file = self.runtime_dir(profile, netns) / watching.FILE
+        if is_on:
+            file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            file.touch()
+        else:
+            file.unlink(missing_ok=True)
+
     def cleanup(self, profile: str, netns: Netns) -> None:
         directory = self.runtime_dir(profile, netns)
         is_kept = False
@@ -186,10 +238,11 @@ class LocalProcesses:
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(directory)
 
-    def take_over(self, profile: str, netns: Netns) -> Path:
-        """The runtime directory, for a supervisor in the foreground; that in the background goes, its processes stay.
+    def take_over(self, profile: str, netns: Netns) -> tuple[Path, socket.socket]:
+        """The runtime directory and the socket of a supervisor in the foreground, which this process becomes.
 
-        Raises PreflightError if there is one in the foreground already.
+        To be called under the lock of the host, from the end of which on this process counts as that supervisor. One in
+        the background goes, its processes stay. Raises PreflightError if there is one in the foreground already.
         """
         report = self._report(profile, netns)
         if report.get("service"):
@@ -197,20 +250,25 @@ class LocalProcesses:
         self._end_supervisors(profile, netns.identity)
         directory = self.runtime_dir(profile, netns)
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return directory
+        listener = control.listen(str(directory))
+        supervisor.claim(str(directory))
+        return directory, listener
 
     # -- supervisors --------------------------------------------------------------------------------------------------
 
     def _ask(
         self, profile: str, netns: Netns, request: Mapping[str, Any], *, within_s: float = _DONE_WITHIN_S
     ) -> dict[str, Any]:
-        """The answer of the supervisor. One that is not there is started, one that does not answer replaced."""
+        """The answer of the supervisor. One that is not there is started; one that does not answer, or that an orch
+        before this one started and that does not understand, is replaced, but for a service.
+        """
         directory = self.runtime_dir(profile, netns)
-        try:
-            return _ask(directory, request, within_s)
-        except SilentError:
-            self._end_supervisors(profile, netns.identity)
-            self._start_supervisor(profile, netns)
+        with contextlib.suppress(SilentError):
+            answer = _ask(directory, request, within_s)
+            if not answer.get("is_outdated") or self._report(profile, netns).get("service"):
+                return answer
+        self._end_supervisors(profile, netns.identity)
+        self._start_supervisor(profile, netns)
         try:
             return _ask(directory, request, within_s, taken_within_s=_STARTED_WITHIN_S)
         except SilentError as error:
@@ -230,7 +288,11 @@ class LocalProcesses:
                 stdout=log,
                 stderr=log,
                 cwd="/",
-                env={"LANG": "C.UTF-8", supervisor.MARK: supervisor_mark(self.state_dir, profile)},
+                env={
+                    "LANG": "C.UTF-8",
+                    supervisor.MARK: supervisor_mark(self.state_dir, profile),
+                    place.VARIABLE: netns.path,
+                },
                 start_new_session=True,
             )
         process.returncode = 0  # it is meant to outlive us: no warning about a child that was not reaped
@@ -249,9 +311,10 @@ class LocalProcesses:
         try:
             report: dict[str, Any] = json.loads((self.runtime_dir(profile, netns) / supervisor.STATE_FILE).read_text())
             marks = dict(_marks_of(report["pid"]))
+            is_claimed = traces.born(report["pid"]) == report.get("claimed_by")
         except (OSError, ValueError, LookupError):
             return {}
-        return report if marks.get(supervisor.MARK) == _Mark(str(self.state_dir), profile) else {}
+        return report if is_claimed or marks.get(supervisor.MARK) == _Mark(str(self.state_dir), profile) else {}
 
     def _told(self, profile: str, netns: str, pid: int) -> dict[str, dict[str, Any]]:
         """What the supervisor with a pid says of its processes."""
@@ -263,11 +326,15 @@ class LocalProcesses:
 
     def _ordered(self, profile: str, netns: str, name: str) -> _Mark | None:
         """The mark that a process has when it is started; None if it was stopped meanwhile."""
+        orders = self._order_of(profile, netns, name)
+        return _Mark.parse(orders["env"][_PROCESS_MARK]) if orders else None
+
+    def _order_of(self, profile: str, netns: str, name: str) -> dict[str, Any]:
+        """How a process is run; empty if it was stopped meanwhile."""
         try:
-            order_of = json.loads((self._directory(profile, netns) / order.file_name(name)).read_text())
-            return _Mark.parse(order_of["env"][_PROCESS_MARK])
-        except (OSError, ValueError, LookupError):
-            return None
+            return dict(json.loads((self._directory(profile, netns) / order.file_name(name)).read_text()))
+        except (OSError, ValueError):
+            return {}
 
     def _directory(self, profile: str, netns: str) -> Path:
         return self.state_dir / f"{profile}@{netns.replace(':', '-')}"
@@ -279,12 +346,18 @@ class LocalProcesses:
             elif not entry.name.startswith("supervisor."):
                 entry.unlink()
 
-    def _prepare(self, launch: Launch) -> Path:
+    def _prepare(self, launch: Launch, suffix: str = "") -> Path:
         """The runtime directory, with the order for a process in it."""
         directory = self.runtime_dir(launch.profile, launch.netns)
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        (directory / order.file_name(launch.spec.name)).write_bytes(self._order(launch).encode())
+        (directory / f"{order.file_name(launch.spec.name)}{suffix}").write_bytes(self._order(launch).encode())
         return directory
+
+    def _write_documents(self, directory: Path, launch: Launch, suffix: str = "") -> None:
+        for name, text in launch.files.items():
+            (directory / f"{name}{suffix}").write_bytes(text.encode())
+        if launch.spec.argv[0] == HELPER_PROGRAM:
+            filters.write(directory)
 
     def _order(self, launch: Launch) -> Order:
         spec = launch.spec
@@ -313,7 +386,11 @@ def _ask(
     *,
     taken_within_s: float = _TAKEN_WITHIN_S,
 ) -> dict[str, Any]:
-    return control.ask(str(directory), request, taken_within_s=taken_within_s, done_within_s=within_s)
+    """The answer of a supervisor; one that ended over the request may have begun anew, and is asked again, once."""
+    ask = partial(control.ask, str(directory), request, taken_within_s=taken_within_s, done_within_s=within_s)
+    with contextlib.suppress(EndedError):
+        return ask()
+    return ask()
 
 
 def _command(spec: ProcessSpec) -> list[str]:
@@ -360,6 +437,14 @@ def _netns_of(pid: int) -> str:
     except OSError:
         return ""
     return f"{status.st_dev}:{status.st_ino}"
+
+
+def _is_successor(pid: int) -> bool:
+    """Whether a process was started to take over from another one."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").endswith(NEXT.encode())
+    except OSError:
+        return False
 
 
 def _is_there(process: ProcessSeen) -> bool:

@@ -14,6 +14,9 @@ LAST_DELAY_S = 5.0
 STOP_WITHIN_S = 5.0
 """How long a process may take to end after SIGTERM."""
 
+HUNG = "hung: "
+"""How the reason begins why one that does not work any more is ended."""
+
 ABORT_WITHIN_S = 0.5
 """How long one that hangs may take to say where it is, after SIGABRT."""
 
@@ -93,6 +96,12 @@ def counted(life: Life, *, restarts: int, reason: str) -> Life:
     return replace(life, restarts=restarts, reason=reason)
 
 
+def succeeded(life: Life, policy: Policy, pid: int) -> tuple[Life, Acts]:
+    """Another process has taken over, and counts as started anew; the one before it may have been given up by then."""
+    running = Life(policy, State.RUNNING, pid, is_proven=True)
+    return running, () if life.state is State.RUNNING else (Act.HEARD, Act.ENABLE)
+
+
 def give_up(policy: Policy, reason: str) -> Life:
     """A process that ended for good before anybody asked."""
     return Life(policy, State.FATAL, reason=reason, is_proven=True)
@@ -146,7 +155,8 @@ def stop(life: Life, now: float) -> tuple[Life, Acts]:
     """Somebody wants it to end, who has seen to its registrations."""
     if not life.pid:
         return replace(life, deadline=None, is_leaving=True), (Act.FORGET,)
-    return replace(life, state=State.STOPPING, is_leaving=True, deadline=now + STOP_WITHIN_S), (Act.TERM,)
+    leaving = replace(life, state=State.STOPPING, reason="", is_leaving=True, deadline=now + STOP_WITHIN_S)
+    return leaving, (Act.TERM,)
 
 
 def passed(life: Life, now: float) -> tuple[Life, Acts]:

@@ -9,6 +9,10 @@ from dataclasses import asdict, dataclass, fields
 from orchestrator.supervise.lifecycle import Policy
 
 
+class VersionError(ValueError):
+    """An order for a supervisor of another version."""
+
+
 @dataclass(frozen=True, slots=True)
 class Order:
     """A process as NAME.order has it: `argv` begins with the full path of its program.
@@ -40,12 +44,12 @@ class Order:
         return json.dumps(asdict(self)).encode()
 
     @classmethod
-    def read(cls, name: str) -> Order:
+    def read(cls, name: str, suffix: str = "") -> Order:
         """The order of that name in the working directory. Raises OSError, and ValueError for what is none."""
-        with open(file_name(name), "rb") as file:  # noqa: PTH123 (a supervisor imports no pathlib)
+        with open(f"{file_name(name)}{suffix}", "rb") as file:  # noqa: PTH123 (a supervisor imports no pathlib)
             values = json.load(file)
         if not isinstance(values, Mapping) or values.keys() != {field.name for field in fields(cls)}:
-            raise ValueError(f"{file_name(name)} is not an order of this version")
+            raise VersionError(f"{file_name(name)} is not an order of this version")
         return cls(**values)
 
 

@@ -25,12 +25,26 @@ from functools import partial
 from typing import Any
 
 from orchestrator.engine import counters, netlink
-from orchestrator.supervise import control, inotify, lifecycle, lifetimes, logs, traces
+from orchestrator.engine.names import NEXT
+from orchestrator.supervise import (
+    control,
+    inotify,
+    lifecycle,
+    lifetimes,
+    logs,
+    place,
+    succession,
+    successor,
+    traces,
+    watching,
+)
 from orchestrator.supervise.deafness import Marks
+from orchestrator.supervise.errands import Errands
 from orchestrator.supervise.inotify import Inotify
 from orchestrator.supervise.lifecycle import Act, Acts, Life, State
-from orchestrator.supervise.order import Order
+from orchestrator.supervise.order import Order, VersionError
 from orchestrator.supervise.reactor import Reactor, Timer
+from orchestrator.supervise.succession import Succession
 
 SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 MARK = "ORCH_SUPERVISOR"
@@ -88,7 +102,8 @@ class Supervisor(Reactor):
 
     `on_signal` is called for TERM, INT and HUP, `on_reaped` for the end of a child that is none of its processes, with
     its exit code, `on_change` after a change of a state. `relay` gets each line of a log: whose, the line, its level.
-    With `is_kept` it does not end when nothing is left to look after. `extra` goes into supervisor.json.
+    With `is_kept` it does not end when nothing is left to look after, and with `begins_anew` it is replaced when a
+    callback fails. `extra` goes into supervisor.json.
     """
 
     def __init__(self, directory: str, state_dir: str, listener: socket.socket) -> None:
@@ -96,7 +111,9 @@ class Supervisor(Reactor):
         super().__init__()
         os.chdir(directory)
         self._processes: dict[str, Process] = {}
+        self._successions: dict[str, Succession] = {}
         self.is_kept = False
+        self.begins_anew = True
         self.extra: dict[str, Any] = {}
         self.on_signal: Callable[[int], None] = self._end_on_term
         self.on_reaped: Callable[[int, int], None] = lambda _pid, _code: None
@@ -127,7 +144,12 @@ class Supervisor(Reactor):
         for number in (signal.SIGPIPE, signal.SIGXFSZ):  # those that it starts inherit this, too
             signal.signal(number, signal.SIG_IGN)
         self.at(time.monotonic(), self._reap)  # what ended before it hears of children
-        self.loop(SIGNALS)
+        try:
+            self.loop(SIGNALS)
+        except Exception:
+            if self.begins_anew:
+                successor.begin_anew(self._listener, partial(self.say, level=_ERROR))
+            raise
 
     def say(self, text: str, level: int = _INFO) -> None:
         """Its own words: relayed, or in its log."""
@@ -246,7 +268,7 @@ class Supervisor(Reactor):
         if process.tail is None:
             process.tail = logs.Tail(logs.file_name(name), from_end=False)
         try:
-            pid = _start(process.order)
+            pid = _start(process.order, process.order.argv)
         except OSError as error:
             reason = f"cannot be started: {error.strerror}"
             self._follow(process, *lifecycle.ended(process.life, reason, time.monotonic()))
@@ -266,15 +288,19 @@ class Supervisor(Reactor):
 
     def _gone(self, process: Process, code: int | None) -> None:
         """It has ended; `code` is None where only its parent is told how."""
+        if process.pidfd >= 0:
+            self.unwatch(process.pidfd)
+            os.close(process.pidfd)
+            process.pidfd = -1
+        succession = self._successions.get(process.order.name)
+        if succession and not succession.is_alone:
+            succession.left_alone(code)
+            return
         is_out_of_memory = code == -signal.SIGKILL and traces.oom_kills() > process.oom_kills
         reason = traces.how_it_ended(code, is_out_of_memory=is_out_of_memory)
         life = process.life
         process.how = life.reason if life.state is State.STOPPING else reason
         words = traces.last_line(logs.file_name(process.order.name)) if code and code > 0 else ""
-        if process.pidfd >= 0:
-            self.unwatch(process.pidfd)
-            os.close(process.pidfd)
-            process.pidfd = -1
         self._follow(process, *lifecycle.ended(life, f"{reason}: {words}" if words else reason, time.monotonic()))
         if not life.is_leaving:
             self._record(process, life.pid)
@@ -385,7 +411,7 @@ class Supervisor(Reactor):
         if process.life.pid != pid or process.life.state not in (State.RUNNING, State.STARTING):
             return
         if traces.is_stopped(pid):
-            self._hung(process, f"stopped by a signal for {STOPPED_S:g} s", can_tell=False)
+            self._hung(process, f"{lifecycle.HUNG}stopped by a signal for {STOPPED_S:g} s", can_tell=False)
         elif process.life.state is State.STARTING:
             self._look_whether_ready(process)
         else:
@@ -400,13 +426,16 @@ class Supervisor(Reactor):
         process.look = None
         if process.life.state is not State.RUNNING:
             return
+        if process.order.name in self._successions:  # it waits for its successor
+            self._look_at(process, LOOK_S, partial(self._look_whether_hung, process))
+            return
         if process.pidfd >= 0 and traces.is_stopped(process.life.pid):
             self._look_at(process, STOPPED_S, partial(self._look_whether_stopped, process, process.life.pid))
             return
         rows = traces.queues()
         work = process.patience.look([rows[number] for number in process.order.queues if number in rows])
         if work is traces.Work.HUNG:
-            self._hung(process, "hung: packets wait, and it answers none", can_tell=True)
+            self._hung(process, f"{lifecycle.HUNG}packets wait, and it answers none", can_tell=True)
         elif work is traces.Work.BUSY or process.is_looked_at_always:
             self._look_at(process, LOOK_S, partial(self._look_whether_hung, process))
 
@@ -468,15 +497,12 @@ class Supervisor(Reactor):
 
     def _succeed(self) -> None:
         """Adopt what runs, and take up what has ended meanwhile: its registrations are enabled, and nobody listens."""
-        try:
-            with open(STATE_FILE, encoding="utf-8") as file:  # noqa: PTH123 (no pathlib here)
-                known = json.load(file)["processes"]
-        except (OSError, ValueError, LookupError, TypeError):
-            return
+        known = _read_state(STATE_FILE)["processes"]
         for name, seen in known.items():
             with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
                 self._succeed_one(Order.read(name), seen)
-        self._write_state()
+        if known:
+            self._write_state()
 
     def _succeed_one(self, orders: Order, seen: Mapping[str, Any]) -> None:
         is_alive = seen["pid"] and traces.born(seen["pid"]) == seen["born"]
@@ -484,6 +510,7 @@ class Supervisor(Reactor):
         if pid:
             self._adopt(orders, pid, is_ready=is_alive and seen["state"] == State.RUNNING)
             process = self._processes[orders.name]
+            self._find_succession(process)
             restarts = seen["restarts"] + process.life.restarts  # it may be ready only now
             process.life = lifecycle.counted(process.life, restarts=restarts, reason=seen["reason"])
             process.since = seen["since"]
@@ -491,6 +518,9 @@ class Supervisor(Reactor):
             self._add(orders, lifecycle.give_up(orders.policy, str(seen["reason"])))
         else:
             process = self._add(orders, lifecycle.adopt(orders.policy, 0))
+            if begun := self._find_succession(process):
+                begun.left_alone(None)
+                return
             reason = "ended while nobody looked after it"
             self._follow(process, *lifecycle.ended(process.life, reason, time.monotonic()))
 
@@ -511,6 +541,71 @@ class Supervisor(Reactor):
             return
         self._follow(process, lifecycle.doubted(process.life, time.monotonic()), ())
         self._look_whether_ready(process)
+
+    # -- successors of a process ---------------------------------------------------------------------------------------
+
+    def _begin_succession(self, orders: Order, answer: Answer) -> None:
+        """Let another process take over from one that runs, which goes on if that fails."""
+        process = self._processes.get(orders.name)
+        if orders.name in self._successions:
+            self._successions[orders.name].then.append(partial(self._begin_succession, orders, answer))
+        elif process is None or process.life.state is not State.RUNNING or not process.order.has_page:
+            answer({"error": "no process is there to take over from"})
+        elif process.order.env == orders.env:
+            answer({"pid": process.life.pid})
+        else:
+            try:
+                self._follow_succession(process, orders, _start(orders, succession.argv(orders)))
+            except OSError as error:
+                answer({"error": f"cannot be started: {error.strerror}"})
+            else:
+                process.when_ready.append(answer)
+
+    def _follow_succession(self, process: Process, orders: Order, pid: int) -> Succession:
+        name = orders.name
+        self._successions[name] = Succession(
+            self,
+            orders,
+            pid,
+            says_ready=partial(_says_ready, name, pid),
+            over=partial(self._succession_over, process),
+        )
+        return self._successions[name]
+
+    def _succession_over(self, process: Process, why: str) -> None:
+        name = process.order.name
+        over = self._successions.pop(name)
+        if why:
+            self.say(f"{name}: pid {over.pid} did not take over: {why}", _WARNING)
+            self._answer(process, {"error": why})
+            if over.is_alone:
+                self._gone(process, over.code)
+        else:
+            self._take_over_from(process, over)
+            self._answer(process, {"pid": over.pid})
+        for callback in over.then:
+            callback()
+
+    def _take_over_from(self, process: Process, over: Succession) -> None:
+        self.say(f"{over.order.name}: pid {over.pid} took over from pid {process.life.pid}")
+        with contextlib.suppress(OSError):  # then its documents are those of before if it has to be started again
+            succession.take_up_documents(over.order)
+        process.order = over.order
+        process.born, process.since = traces.born(over.pid), time.time()
+        if not _is_child(over.pid):
+            process.pidfd = os.pidfd_open(over.pid)
+            self.watch(process.pidfd, partial(self._gone, process, None))
+        self._follow(process, *lifecycle.succeeded(process.life, over.order.policy, over.pid))
+        self._look_from_now_on(process)
+
+    def _find_succession(self, process: Process) -> Succession | None:
+        """The one that a supervisor before this one began, and that goes on without it."""
+        with contextlib.suppress(OSError, ValueError):
+            orders = Order.read(process.order.name, NEXT)
+            pid = traces.with_environment(orders.env)
+            if pid not in (0, process.life.pid):
+                return self._follow_succession(process, orders, pid)
+        return None
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
@@ -534,6 +629,8 @@ class Supervisor(Reactor):
         answer = partial(self._reply, channel)
         try:
             self._take(request, answer)
+        except VersionError as error:
+            answer({"error": str(error), "is_outdated": True})
         except (OSError, ValueError, LookupError, TypeError) as error:
             answer({"error": f"{type(error).__name__}: {error}"})
 
@@ -542,6 +639,8 @@ class Supervisor(Reactor):
             case {"do": "start", "name": str(name)}:
                 begin = partial(self._begin, Order.read(name), answer)
                 self._stop(name, begin)
+            case {"do": "succeed", "name": str(name)}:
+                self._begin_succession(Order.read(name, NEXT), answer)
             case {"do": "adopt", "name": str(name), "pid": int(pid)}:
                 known = self._processes.get(name)
                 if known and known.life.pid == pid:
@@ -553,7 +652,7 @@ class Supervisor(Reactor):
             case {"do": "end"}:
                 self._stop_all(partial(answer, {"kept": self.is_kept}))
             case _:
-                answer({"error": "not a request"})
+                raise VersionError("not a request")
 
     def _begin(self, orders: Order, answer: Answer) -> None:
         life, acts = lifecycle.begin(orders.policy, time.monotonic())
@@ -578,6 +677,8 @@ class Supervisor(Reactor):
             then()
             return
         process.when_gone.append(then)
+        if name in self._successions:
+            self._successions[name].abandon("its predecessor is to end")
         if not process.life.is_leaving:
             self._follow(process, *lifecycle.stop(process.life, time.monotonic()))
 
@@ -605,7 +706,7 @@ class Supervisor(Reactor):
         self._end_if_idle()
 
 
-def _start(orders: Order) -> int:
+def _start(orders: Order, argv: list[str]) -> int:
     """Start a process in a session of its own; it writes its log itself. Returns its pid. Raises OSError."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
     try:
@@ -614,8 +715,8 @@ def _start(orders: Order) -> int:
         log = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
     try:
         return os.posix_spawn(
-            orders.argv[0],
-            orders.argv,
+            argv[0],
+            argv,
             orders.env,
             file_actions=[
                 (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
@@ -627,6 +728,14 @@ def _start(orders: Order) -> int:
         )
     finally:
         os.close(log)
+
+
+def _is_child(pid: int) -> bool:
+    try:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
 
 
 def _says_ready(name: str, pid: int) -> bool:
@@ -645,14 +754,31 @@ def _write(path: str, content: Mapping[str, Any]) -> None:
     os.rename(new, path)  # noqa: PTH104
 
 
+def claim(directory: str) -> None:
+    """Be known as the supervisor in the foreground before this process has become it. Raises OSError."""
+    path = f"{directory}/{STATE_FILE}"
+    pid = os.getpid()
+    _write(path, {**_read_state(path), "pid": pid, "claimed_by": traces.born(pid), "service": True})
+
+
+def _read_state(path: str) -> dict[str, Any]:
+    """What a supervisor wrote; without a process if it cannot be read."""
+    try:
+        with open(path, encoding="utf-8") as file:  # noqa: PTH123 (no pathlib here)
+            report = json.load(file)
+    except (OSError, ValueError):
+        return {"processes": {}}
+    return report if isinstance(report, dict) and isinstance(report.get("processes"), dict) else {"processes": {}}
+
+
 def main(directory: str, state_dir: str) -> int:
     """Detached: the listening socket is standard input, the log standard error."""
-    listener = socket.socket(fileno=os.dup(0))
-    null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 0)
-    os.close(null)
-    supervisor = Supervisor(directory, state_dir, listener)
+    supervisor = Supervisor(directory, state_dir, control.inherited())
     lifetimes.attach(supervisor)
+    errands = Errands(supervisor, os.environ)
+    profile = os.path.basename(directory).partition("@")[0]  # noqa: PTH119 (no pathlib here)
+    place.watch(supervisor, os.environ, place.Release(supervisor, errands, profile, state_dir).begin)
+    watching.attach(supervisor, errands, directory=directory, state_dir=state_dir)
     supervisor.run()
     return 0
 

@@ -17,6 +17,9 @@ from orchestrator.model import L3Proto, L4Proto, Netns
 
 LAN, WAN = "lan0", "wan0"
 _OUTSIDE = "eth0"
+# Ends of a veth that have the same index are told a second late that they are linked, and have no IPv6 before.
+# Source: link_watch.c, linkwatch_urgent_event.
+_OUTSIDE_INDEX = 100
 _SYSCTLS = {
     # No address waits for others to object, and none is left over from autoconfiguration.
     "ipv6/conf/default/accept_dad": "0",
@@ -107,7 +110,7 @@ def _link(host: Host, gateway: Host) -> None:
     try:
         with entered(host.netns), IPRoute() as route:
             peer = {"ifname": gateway.interface, "net_ns_fd": there}
-            route.link("add", ifname=host.interface, kind="veth", peer=peer)
+            route.link("add", ifname=host.interface, index=_OUTSIDE_INDEX, kind="veth", peer=peer)
     finally:
         os.close(there)
     for end in (host, gateway):

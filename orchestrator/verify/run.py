@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import secrets
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,13 +16,13 @@ from orchestrator.errors import Interrupted, OrchError, RollbackError
 from orchestrator.model import Desired, Target
 from orchestrator.reports import Talk
 from orchestrator.state import LoadModule
+from orchestrator.verify import trials
 from orchestrator.verify.dialogues import PORTS_ANNOUNCED
 from orchestrator.verify.disguise import Case, cases, disguised, left_out
 from orchestrator.verify.expectations import Events, expectations_made
 from orchestrator.verify.network import Network, load_filter, network
 from orchestrator.verify.play import play
 
-_RUNTIME = "/run"  # sockets are made in it, whose path may have 107 bytes: $TMPDIR can be longer
 _FIRST_PORT = 40000
 
 
@@ -77,14 +75,16 @@ class Trial:
 
     def run(self, desired: Desired) -> Verification:
         """Raises OrchError if the profile cannot be tried here, Interrupted at a signal; nothing stays but modules."""
-        with tempfile.TemporaryDirectory(prefix="orch-verify-", dir=_RUNTIME, ignore_cleanup_errors=True) as directory:
-            state = Path(directory)
+        for name in trials.remove_abandoned():
+            self.talk.warn(f"{name} was killed before its end: what it left is taken away")
+        with trials.place() as place:
+            state = place.state_dir
             registered = [r.key for r in kernel_system(state).registry.dump()]
             without = left_out(desired, registered)
             todo = cases(desired, without)
             if not any(_is_to_hold(case) for case in todo):
                 return Verification(desired.profile, tuple(_foregone(case) for case in todo))
-            tried = disguised(desired, prefix=f"v{secrets.token_hex(4)}", without=without)
+            tried = disguised(desired, prefix=place.prefix, without=without)
             target = render.target(tried, template_dir=self.templates)
             with network() as there, expectations_made(there.router.netns.path) as events:
                 load_filter(there.router, ((c.l4proto, c.port) for c in todo if _is_to_hold(c)))

@@ -19,6 +19,7 @@ _COLOURS = {
     Life.STARTED: "ok",
     Life.RESTARTED: "warning",
     Life.DIED: "error",
+    Life.HUNG: "error",
     Life.FATAL: "error",
 }
 

@@ -10,7 +10,7 @@ from orchestrator.errors import OrchError, ProfileError, RollbackError
 from orchestrator.execute import Outcome
 from orchestrator.reports import Difference, PlanRefusedError, Report, TeardownReport
 from orchestrator.state import Plan, Refusal, describe
-from orchestrator.status import HostStatus
+from orchestrator.status import HostStatus, Waiting
 
 SCHEMA = "1.2"
 
@@ -80,6 +80,10 @@ def teardown_value(report: TeardownReport) -> dict[str, Any]:
     }
 
 
+def _pending_value(trial: Waiting | None) -> dict[str, Any] | None:
+    return {"seconds_left": round(trial.left_s, 1), "watched": trial.is_watched} if trial else None
+
+
 def status_value(status: HostStatus) -> dict[str, Any]:
     return {
         "profiles": [
@@ -90,6 +94,8 @@ def status_value(status: HostStatus) -> dict[str, Any]:
                 "backend": p.backend,
                 "applied_at": p.applied_at,
                 "drift": list(p.drift),
+                "not_mended": p.mending,
+                "pending": _pending_value(p.trial),
                 "helpers": [
                     {
                         "name": h.name,
@@ -120,7 +126,7 @@ def status_value(status: HostStatus) -> dict[str, Any]:
             for p in status.profiles
         ],
         "unknown": [{"profile": o.profile, "netns": o.netns.label} for o in status.unknown],
-        "unsettled": list(status.unsettled),
+        "unsettled": [f"{one.command} of {one.owner}" for one in status.unsettled],
         "working": status.working,
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from orchestrator.status import HelperState, HelperStatus, HostStatus, ProfileStatus
+from orchestrator.status import HelperState, HelperStatus, HostStatus, ProfileStatus, Waiting
 from orchestrator.views.human import Paint, duration_text
 
 _INDENT = "    "
@@ -52,7 +52,7 @@ def text(
         f"{mark} {o} has rules or processes, and the ledger does not know it: apply or tear it down"
         for o in status.unknown
     ]
-    lines += [f"{mark} {what} was not finished: the next apply or teardown undoes it" for what in status.unsettled]
+    lines += [f"{mark} {one.sentence}: the next apply or teardown {one.remedy}" for one in status.unsettled]
     lines += [f"{mark} another orch is at work right now"] if status.working else []
     return "\n".join(lines) + "\n"
 
@@ -67,8 +67,21 @@ def _profile_lines(profile: ProfileStatus, table: _Table, paint: Paint, *, is_ve
     for helper in profile.helpers:
         yield table.row(helper, paint)
         yield from (f"{_INDENT}{_INDENT}{line}" for line in _detail_lines(helper, is_verbose=is_verbose))
+    if profile.trial:
+        yield f"{_INDENT}{paint('trial:', 'warning')} {_trial_text(profile.owner.profile, profile.trial)}"
     for line in profile.drift:
         yield f"{_INDENT}{paint('drift:', 'warning')} {line}"
+    if profile.mending:
+        yield f"{_INDENT}{paint('not mended:', 'error')} {profile.mending}"
+
+
+def _trial_text(profile: str, trial: Waiting) -> str:
+    if trial.is_overdue:
+        return f"not confirmed in time, and not undone yet: orch rollback {profile}"
+    left = duration_text(trial.left_s)
+    if not trial.is_watched:
+        return f"{left} to confirm it, but nobody is there who would undo it then: orch rollback {profile}"
+    return f"undone in {left}, unless confirmed: orch confirm {profile}"
 
 
 def _detail_lines(helper: HelperStatus, *, is_verbose: bool) -> Iterable[str]:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import select
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
 from lab import topology
-from lab.layout import Kernel
+from lab.layout import TURNS_VARIABLE, Kernel
 from lab.topology import CLIENT, ROUTER, SERVER, run
-from orchestrator.app import kernel_system
+from orchestrator import cli as orchestrator_cli
+from orchestrator.app import boot_id, kernel_system
 from orchestrator.kernel.cthelper import KernelRegistry
 from orchestrator.kernel.netns import entered, find
 from orchestrator.kernel.nft import nft_tables
@@ -31,15 +34,46 @@ HELPER_MODULES = (
     *("nf_conntrack_netbios_ns", "nf_conntrack_broadcast"),
 )
 
-# What systemd does with our unit, and how metrics are told, is the same on every kernel, and takes a guest minutes.
-_ON_ONE_KERNEL = ["test_exporter.py", "test_service.py"]
-collect_ignore = [] if os.environ.get("LAB_KERNEL", Kernel.V6_1) == Kernel.V6_1 else _ON_ONE_KERNEL
+# What systemd does with our unit, who undoes what nobody confirms, and how metrics are told: the same on every kernel,
+# and it takes a guest minutes.
+_ON_ONE_KERNEL = ["test_boot.py", "test_confirm.py", "test_exporter.py", "test_service.py"]
+TURN = list(Kernel).index(Kernel(os.environ.get("LAB_KERNEL", Kernel.V6_1)))
+"""The place of this kernel among the others."""
+IS_FIRST_KERNEL = TURN == 0
+collect_ignore = [] if IS_FIRST_KERNEL else _ON_ONE_KERNEL
+collect_ignore += [] if "ORCH_SOAK_S" in os.environ else ["test_soak.py"]  # make soak
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+_IN_TURNS = ["test_supervision.py"]
+"""What our supervisor does is the same on every kernel: each takes what one set of parameters makes."""
+
+Case = TypeVar("Case")
+
+
+def turns(cases: Sequence[Case], *, first: int = 0) -> list[Case]:
+    """What this kernel takes of some cases: in `make test` kernels take turns, and all together take all of them."""
+    if TURNS_VARIABLE not in os.environ:
+        return list(cases)
+    return [case for number, case in enumerate(cases, first) if number % len(Kernel) == TURN]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.kernel)
+    others = [item for file in _IN_TURNS for item in _of_other_kernels([i for i in items if i.path.name == file])]
+    items[:] = [item for item in items if item not in others]
+    config.hook.pytest_deselected(items=others)
+
+
+def _of_other_kernels(items: Sequence[pytest.Item]) -> list[pytest.Item]:
+    sets = sorted({_parameters(item) for item in items})
+    mine = turns(sets)
+    return [item for item in items if _parameters(item) not in mine]
+
+
+def _parameters(item: pytest.Item) -> str:
+    return item.callspec.id if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ""
 
 
 REPORTS: dict[str, list[str]] = {}
@@ -71,7 +105,7 @@ def clean_orch(state: Path) -> Iterator[Harness]:
     """orch in this process, on a clean host, with a state directory of its own; nothing of it stays."""
     _sweep()
     try:
-        yield Harness(kernel_system(state), state)
+        yield Harness(kernel_system(state), state, boot_id=boot_id())
     finally:
         _sweep()
 
@@ -85,7 +119,7 @@ def _sweep() -> None:
     for name in NAMESPACES:
         with entered(find(name)):
             if nft_tables():
-                run("nft", "flush", "ruleset")
+                topology.nft(name, "flush ruleset")
             for program, table in _legacy_tables():
                 run(f"{program}-restore", text=f"*{table}\nCOMMIT\n")
             if int(_read("/proc/sys/net/netfilter/nf_conntrack_count") or 0):
@@ -146,6 +180,18 @@ def snapshot() -> str:
             looks.append(_read("/proc/thread-self/net/netfilter/nfnetlink_queue"))
     looks.append(" ".join(map(str, _processes())))
     return "\n".join(look for look in looks if look.strip())
+
+
+def cli_here(*argv: str, state: Path) -> subprocess.CompletedProcess[str]:
+    """`orch` in this process: to start another takes a guest seconds, and few tests are about that."""
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(io.StringIO()) as output,
+        contextlib.redirect_stderr(io.StringIO()) as errors,
+    ):
+        patch.setenv("ORCH_STATE_DIR", str(state))
+        code = orchestrator_cli.run(list(argv))
+    return subprocess.CompletedProcess(argv, code, output.getvalue(), errors.getvalue())
 
 
 def cli(*argv: str, state: Path) -> subprocess.CompletedProcess[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lab.topology import ROUTER, ROUTER_FILTER, inside, load_filter
+from lab.topology import ROUTER, ROUTER_FILTER, load_filter, nft
 from orchestrator.engine.counters import Counters
 from orchestrator.kernel.netns import find
 from orchestrator.model import Status
@@ -50,11 +50,11 @@ def starts_with(word: str) -> str:
     return f"tcp {port} {FTP_PORT} @ih,0,32 0x{word.encode().hex()}"
 
 
-def until(holds: Callable[[], bool], what: str) -> float:
+def until(holds: Callable[[], bool], what: str, *, within_s: float = _WITHIN_S) -> float:
     """Wait; seconds that it took."""
     started = time.monotonic()
     while not holds():
-        assert time.monotonic() < started + _WITHIN_S, f"not within {_WITHIN_S:g} s: {what}"
+        assert time.monotonic() < started + within_s, f"not within {within_s:g} s: {what}"
         time.sleep(_POLL_S)
     return time.monotonic() - started
 
@@ -161,7 +161,7 @@ class Losses:
     netns: str
 
     def count(self) -> int:
-        listing = inside(self.netns, "nft", "list", "table", "inet", "lossy").stdout
+        listing = nft(self.netns, "list table inet lossy")
         return int(listing.partition("packets ")[2].split()[0])
 
     def wait(self) -> None:
@@ -178,4 +178,4 @@ def losing(netns: str, match: str) -> Iterator[Losses]:
     try:
         yield Losses(netns)
     finally:
-        inside(netns, "nft", "delete", "table", "inet", "lossy")
+        nft(netns, "delete table inet lossy")

@@ -104,6 +104,13 @@ def test_a_host_that_is_well_and_its_connections(routed: None, orch: Harness, sa
     code, result = said("doctor")
     assert (code, wrong(result)) == (0, [])
 
+    run("ip", "-n", ROUTER, "link", "add", "red", "type", "vrf", "table", "10")
+    run("ip", "-n", ROUTER, "link", "add", "red0", "master", "red", "type", "dummy")
+    (vrf,) = wrong(said("doctor")[1])
+    assert vrf.startswith("warning vrf: red0 belongs to the VRF red")
+    run("ip", "-n", ROUTER, "link", "delete", "red0")
+    run("ip", "-n", ROUTER, "link", "delete", "red")
+
     code, result = said("explain", *ends(old), "--netns", ROUTER)
     assert (code, result["explanation"]["reason"]) == (2, "older")
     old.close()

@@ -12,7 +12,7 @@ from typing import Any
 from lab.topology import CLIENT, CONTENT, ROUTER, ROUTER_FILTER, SERVER_IP, load_filter
 from orchestrator.kernel.netns import entered, find
 from tests.hosts import Harness
-from tests.kernel.conftest import clean_orch, cli
+from tests.kernel.conftest import clean_orch, cli, cli_here
 from tests.kernel.native import until
 from tests.metrics import check_figures, value
 
@@ -37,7 +37,7 @@ def ftp_session() -> Iterator[None]:
 
 
 def status(state: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(cli("status", "--json", state=state).stdout)["status"]
+    found: dict[str, Any] = json.loads(cli_here("status", "--json", state=state).stdout)["status"]
     return found
 
 
@@ -53,7 +53,7 @@ def test_the_figures_of_two_namespaces_are_those_of_status(routed: None, tmp_pat
         for netns, text in PROFILES.items():
             file = tmp_path / f"{netns}.yaml"
             file.write_text(text)
-            done = cli("apply", str(file), "--netns", netns, state=state)
+            done = cli_here("apply", str(file), "--netns", netns, state=state)
             assert done.returncode == 0, done.stderr
         with ftp_session():
             until(lambda: all(used(orch, *at) == 1 for at in SESSIONS), "the expectation counted as used")

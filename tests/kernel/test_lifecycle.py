@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from lab import topology
-from lab.layout import Kernel
 from lab.topology import CLIENT, CONTENT, PASSIVE, ROUTER, ROUTER_FILTER, SERVER_IP, inside, run
 from orchestrator import profile as profiles
 from orchestrator import render
@@ -28,11 +27,10 @@ from orchestrator.reports import PlanRefusedError
 from orchestrator.state import WatchProcess
 from orchestrator.supervise.launcher import LocalProcesses
 from tests.hosts import FTP, Harness
-from tests.kernel.conftest import clean_orch, cli, snapshot
+from tests.kernel.conftest import TURN, clean_orch, cli, cli_here, snapshot, turns
 
 OWN = HelperKey("ftp-us", L3Proto.IP, L4Proto.TCP)
 # Each kernel gets every profile with one backend, by turns, and the next kernel with the other one.
-TURN = list(Kernel).index(Kernel(os.environ.get("LAB_KERNEL", Kernel.V6_1)))
 PROFILES = [
     (file, ("nftables", "iptables")[(TURN + number) % 2])
     for number, file in enumerate(sorted(Path("profiles").glob("*.yaml")))
@@ -257,10 +255,10 @@ def test_every_shipped_profile(orch: Harness, file: Path, backend: str) -> None:
 
 
 def test_the_command_line(orch: Harness, tmp_path: Path) -> None:
-    """Exit codes and streams of the real program, on the real kernel."""
+    """Exit codes and streams, on the real kernel; one of them as a program, the others in this process."""
     state = tmp_path / "state"
     ftp = "profiles/ftp.yaml"
-    differs = cli("diff", ftp, "--netns", ROUTER, state=state)
+    differs = cli_here("diff", ftp, "--netns", ROUTER, state=state)
     assert (differs.returncode, differs.stderr) == (2, "")
     assert "Plan: 4 to add, 0 to change, 0 to replace, 0 to remove." in differs.stdout
     assert not state.exists()
@@ -268,10 +266,10 @@ def test_the_command_line(orch: Harness, tmp_path: Path) -> None:
     assert applied.returncode == 0
     assert applied.stdout.endswith("Applied: 4 added, 0 changed, 0 replaced, 0 removed. Verified.\n")
     handles = inside(ROUTER, "nft", "-a", "list", "ruleset").stdout
-    again = cli("apply", ftp, "--netns", ROUTER, state=state)
+    again = cli_here("apply", ftp, "--netns", ROUTER, state=state)
     assert (again.returncode, again.stdout) == (0, f"No changes. netns {ROUTER} matches {ftp}.\n")
     assert inside(ROUTER, "nft", "-a", "list", "ruleset").stdout == handles
-    status = cli("status", "--json", state=state)
+    status = cli_here("status", "--json", state=state)
     assert status.returncode == 0
     assert '"drift": []' in status.stdout
     assert topology.ftp(*PASSIVE).stdout == CONTENT
@@ -279,12 +277,12 @@ def test_the_command_line(orch: Harness, tmp_path: Path) -> None:
         control = socket.create_connection((SERVER_IP, 21), timeout=30)
     with control:
         assert control.recv(100).startswith(b"220 ")
-        refused = cli("teardown", "--netns", ROUTER, state=state)
+        refused = cli_here("teardown", "--netns", ROUTER, state=state)
         assert (refused.returncode, refused.stdout) == (64, "")
         assert "1 live connection loses its helper" in refused.stderr
-    gone = cli("teardown", "--netns", ROUTER, "-y", state=state)
+    gone = cli_here("teardown", "--netns", ROUTER, "-y", state=state)
     assert gone.returncode == 0
-    assert cli("teardown", "--netns", ROUTER, state=state).stdout == "Nothing to remove.\n"
+    assert cli_here("teardown", "--netns", ROUTER, state=state).stdout == "Nothing to remove.\n"
 
 
 def test_looking_loads_no_module(orch: Harness, tmp_path: Path) -> None:
@@ -294,9 +292,9 @@ def test_looking_loads_no_module(orch: Harness, tmp_path: Path) -> None:
     names = {line.split(" ")[0] for line in before}
     assert "nfnetlink_cthelper" not in names
     state = tmp_path / "state"
-    assert cli("check", "profiles/ftp.yaml", state=state).returncode == 0
-    assert cli("diff", "profiles/ftp.yaml", "--netns", ROUTER, state=state).returncode == 2
-    assert cli("status", state=state).returncode == 0
+    assert cli_here("check", "profiles/ftp.yaml", state=state).returncode == 0
+    assert cli_here("diff", "profiles/ftp.yaml", "--netns", ROUTER, state=state).returncode == 2
+    assert cli_here("status", state=state).returncode == 0
     assert {line.split(" ")[0] for line in Path("/proc/modules").read_text().split("\n")} == names
 
 
@@ -329,7 +327,7 @@ def test_a_program_that_ends_at_once_says_why(orch: Harness, tmp_path: Path) -> 
     assert snapshot() == before
 
 
-@pytest.mark.parametrize("backend", ["nftables", "iptables-nft", "iptables-legacy"])
+@pytest.mark.parametrize("backend", turns(["nftables", "iptables-nft", "iptables-legacy"]))
 def test_a_lost_ledger_is_made_again(orch: Harness, backend: str) -> None:
     text = f"{FTP}backend: {backend}\n"
     before = snapshot()

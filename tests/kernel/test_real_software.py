@@ -27,7 +27,7 @@ from lab.software import (
 )
 from lab.topology import CONTENT, ROUTER, ROUTER_FILTER, load_filter
 from orchestrator.verify.expectations import Events, expectations_made
-from tests.kernel.conftest import clean_orch
+from tests.kernel.conftest import clean_orch, turns
 
 ENGINE = os.environ.get("LAB_ENGINE", "native")
 
@@ -77,8 +77,8 @@ def tftp_rows() -> Iterator[Row]:
         yield Row(client, server, (Nat.SOURCE, Nat.DESTINATION, Nat.BOTH)[(number + number // 3) % 3], ip6)
 
 
-FTP_ROWS = sorted(ftp_rows(), key=lambda row: list(Nat).index(row.nat))
-TFTP_ROWS = sorted(tftp_rows(), key=lambda row: list(Nat).index(row.nat))
+FTP_ROWS = turns(sorted(ftp_rows(), key=lambda row: list(Nat).index(row.nat)))
+TFTP_ROWS = turns(sorted(tftp_rows(), key=lambda row: list(Nat).index(row.nat)))
 
 
 @dataclass(slots=True)

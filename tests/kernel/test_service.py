@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shutil
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
 
 import pytest
 
@@ -21,8 +25,10 @@ from orchestrator.session import DEFAULT_STATE
 from tests.hosts import Harness
 from tests.kernel.conftest import REPORTS, clean_orch, snapshot
 from tests.kernel.native import until
+from tests.metrics import samples
 
 UNIT = "orch@ftp.service"
+EXPORTER = "orch-exporter.service"
 SHIPPED = REPOSITORY / "contrib/systemd/orch@.service"
 PROGRAM = Path("/usr/bin/orch")
 PROFILE = Path("/etc/orch/ftp.yaml")
@@ -141,6 +147,30 @@ def test_a_restart_begins_anew_and_a_hung_one_is_replaced(systemd: Systemd, serv
     wait_replaced(systemd, supervisor)
     assert helper(served).pid == pid
     transfers()
+
+
+def metric(name: str) -> float | None:
+    """What the exporter says now of the profile; None before it serves, and while there is no such figure."""
+    with contextlib.suppress(URLError), urlopen("http://127.0.0.1:10932/metrics") as answer:
+        seen = samples(answer.read().decode())
+        return next((s.value for s in seen if s.name == name and s.labels["profile"] == "ftp"), None)
+    return None
+
+
+def test_the_exporter_can_do_with_what_its_unit_allows(systemd: Systemd, served: Harness) -> None:
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    systemd.install(EXPORTER, SHIPPED.with_name(EXPORTER).read_text())
+    systemd.start(EXPORTER)
+    try:
+        until(lambda: metric("orch_helper_up") == 1, "it serves", within_s=120)
+        until(lambda: metric("orch_profile_drift") == 0, "it has looked for drift", within_s=120)
+    finally:
+        print(systemd.journal(EXPORTER))
+    exposure = systemd.run("systemd-analyze", "security", "--no-pager", EXPORTER, check=False).splitlines()[-1]
+    FIGURES.append(exposure)
+    assert " OK " in exposure
+    systemd.run("systemctl", "stop", EXPORTER)
+    assert systemd.properties(EXPORTER, "Result")["Result"] == "success"
 
 
 def test_a_stop_leaves_nothing(systemd: Systemd, served: Harness) -> None:

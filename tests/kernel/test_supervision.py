@@ -115,7 +115,7 @@ def test_a_stopped_one_is_found_and_replaced(native: Router) -> None:
     restarted(native, before + 1)
     after = seen(native)
     assert after is not None
-    assert after.reason.startswith("stopped by a signal")
+    assert after.reason.startswith("hung: stopped by a signal")
     FIGURES.append(f"{native.queueing}: stopped (SIGSTOP): found after {found:.2f} s")
     with control() as talk:
         talk.transfer("PORT", 40201)

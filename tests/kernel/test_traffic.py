@@ -1,6 +1,7 @@
 """Real servers and clients through stateful filters: what hangs without a helper works with it, on every path.
 
-The other engines and backends; the native engine has its own (test_oracle, test_real_software, test_native).
+The other engines and backends; the native engine has its own (test_oracle, test_real_software, test_native). Kernels
+take turns: each has every engine in every place, and every backend, and all together have every combination.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from lab.topology import (
     SERVER_IP6,
 )
 from tests.hosts import Harness
-from tests.kernel.conftest import clean_orch
+from tests.kernel.conftest import clean_orch, turns
 
 BACKENDS = ("nftables", "iptables-nft", "iptables-legacy")
 MODES = {"PASV": PASSIVE, "PORT": ACTIVE, "EPSV": EXTENDED_PASSIVE, "EPRT": EXTENDED_ACTIVE}
@@ -89,7 +90,7 @@ def assert_passes(done: CompletedProcess[str]) -> None:
     assert (done.stdout, done.stderr) == (CONTENT, ""), done
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", turns(BACKENDS))
 def test_conntrackd(place: Place, backend: str) -> None:
     """FTP on IPv4 only, and PASV and PORT only: its IPv6 makes no expectation, and its EPSV is broken."""
     place.apply("conntrackd", backend)
@@ -102,7 +103,7 @@ def test_conntrackd(place: Place, backend: str) -> None:
     assert [sum(f"helper={name}" in line for line in made) for name in ("ftp-us", "tftp-us")] == [2, 2]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", turns(BACKENDS, first=1))
 def test_the_kernels_helpers(place: Place, backend: str) -> None:
     place.apply("kernel", backend)
     for mode, address in [*((mode, SERVER_IP) for mode in MODES), ("EPSV", SERVER_IP6), ("EPRT", SERVER_IP6)]:
@@ -111,7 +112,7 @@ def test_the_kernels_helpers(place: Place, backend: str) -> None:
         assert_passes(topology.tftp(address))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", turns(BACKENDS, first=2))
 @pytest.mark.parametrize("filtered", ["incoming"], indirect=True)
 def test_attachment_is_as_narrow_as_the_profile(place: Place, backend: str) -> None:
     """Interface, source, destination and port each decide: what differs in one of them is not served."""

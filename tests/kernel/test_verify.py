@@ -7,6 +7,8 @@ import io
 import json
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,6 +64,7 @@ helpers:
   sip: {}
   snmp: {}
 """
+BEGUN_WITHIN_S = 120  # an orch that starts, makes a network, and applies, on an emulated machine
 THEIRS = Registration(
     HelperKey("tftp", L3Proto.IP, L4Proto.UDP), 4711, Status.DISABLED, (Policy("tftp", 1, 300),), priv_data_len=0
 )
@@ -164,13 +167,48 @@ def test_helpers_of_the_kernel_work(directory: Path) -> None:
     assert "nf_conntrack_ftp" in seen.value["verification"]["modules_loaded"]
 
 
+def test_what_a_killed_one_leaves_is_found_and_taken_away_by_the_next(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its supervisor takes most of it away by itself, unless that is gone, too."""
+    file = written(directory, SMALL)
+    with subprocess.Popen([sys.executable, "-m", "orchestrator", "verify", file], stdout=subprocess.DEVNULL) as child:
+        until(enabled, "the profile is applied", within_s=BEGUN_WITHIN_S)
+        for pid in supervisors():
+            os.kill(pid, signal.SIGKILL)
+        child.kill()
+    (name,) = (path.name for path in Path("/run").glob("orch-verify-*"))
+    cli.run(["doctor", "--json"])
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    (found,) = (finding["cause"] for finding in findings if finding["probe"] == "trials")
+    assert found.startswith(f"{name} was killed before its end, and left v")
+    assert Verified(directory, SMALL).code == 0
+    assert f"{name} was killed before its end: what it left is taken away" in capsys.readouterr().err
+
+
+def enabled() -> bool:
+    return any(registration.status is Status.ENABLED for registration in KernelRegistry().dump())
+
+
+def supervisors() -> list[int]:
+    return [int(pid) for pid in trial_processes() if b"supervisor.py" in Path("/proc", pid, "cmdline").read_bytes()]
+
+
 def test_a_signal_ends_it_and_nothing_is_left(directory: Path) -> None:
     """While it applies: the registration is enabled, or about to be, and its listener is there."""
     file = written(directory, SMALL)
     pid = os.fork()
     if not pid:
-        with contextlib.redirect_stdout(io.StringIO()):
-            os._exit(cli.run(["verify", file]))
-    until(lambda: bool(KernelRegistry().dump() and trial_processes()), "the helper process is started")
+        code = 70
+        try:  # whatever happens, there are not two pytests
+            with contextlib.redirect_stdout(io.StringIO()):
+                code = cli.run(["verify", file])
+        finally:
+            os._exit(code)
+    until(
+        lambda: bool(KernelRegistry().dump() and trial_processes()),
+        "the helper process is started",
+        within_s=BEGUN_WITHIN_S,
+    )
     os.kill(pid, signal.SIGINT)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGINT

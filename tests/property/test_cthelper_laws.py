@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from orchestrator.errors import DecodeError
 from orchestrator.kernel import cthelper_codec as codec
 from orchestrator.model import HelperKey, L3Proto, L4Proto, Policy, Registration, Status
+from tests.examples import many
 
 names = st.from_regex(r"[A-Za-z][A-Za-z0-9_.-]{0,14}", fullmatch=True)
 keys = st.builds(HelperKey, names, st.sampled_from(L3Proto), st.sampled_from(L4Proto))
@@ -65,14 +66,14 @@ def test_create_and_delete_carry_name_and_tuple(one: Registration, other: Regist
     assert codec.encode_delete(one.key)[20:] == codec.encode_create(one)[20 : len(codec.encode_delete(one.key))]
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=many(2000), deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_decode_or_are_refused(data: bytes) -> None:
     with contextlib.suppress(DecodeError):
         codec.decode(data)
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=many(2000), deadline=None)
 @given(st.sampled_from(MESSAGES), st.binary(min_size=2, max_size=16))
 def test_a_damaged_message_decodes_or_is_refused(message: bytes, damage: bytes) -> None:
     """Bytes changed after the header, so that the damage reaches the attributes: pairs of where and what."""

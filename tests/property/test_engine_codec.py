@@ -14,6 +14,7 @@ from orchestrator.engine.ctnetlink import SequenceAdjustment
 from orchestrator.engine.expectation import PERMANENT, Expectation, Nat, encode_expectation
 from orchestrator.engine.netlink import DecodeError
 from orchestrator.engine.nfqueue import Change, Decoder, Packet
+from tests.examples import many
 from tests.unit.test_nfqueue_codec import GOLDEN, golden
 
 MESSAGES = {path.stem: golden(path.stem) for path in sorted(GOLDEN.iterdir())}
@@ -125,7 +126,7 @@ def test_a_verdict_says_what_changes_and_no_more(name: str, verdict: int, change
     assert not attributes
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=many(2000), deadline=None)
 @given(st.binary(max_size=300))
 def test_any_bytes_are_a_packet_or_refused(data: bytes) -> None:
     packet = decoded(bytes(4) + b"\0\3" + data, Decoder())
@@ -135,7 +136,7 @@ def test_any_bytes_are_a_packet_or_refused(data: bytes) -> None:
     netlink.answer(data)
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=many(2000), deadline=None)
 @given(st.sampled_from(sorted(MESSAGES)), st.data())
 def test_a_damaged_message_means_the_same_to_a_decoder_that_knows_its_layout(name: str, data: st.DataObject) -> None:
     """Unless only a length or type that nobody needs was damaged: then it is refused by the one that looks at it."""
@@ -151,7 +152,7 @@ def test_a_damaged_message_means_the_same_to_a_decoder_that_knows_its_layout(nam
         question(known)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=many(500), deadline=None)
 @given(st.sampled_from(sorted(MESSAGES)), st.data())
 def test_a_cut_message_is_refused_or_has_less_payload(name: str, data: st.DataObject) -> None:
     message = MESSAGES[name]

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.examples import many
 from tests.fuzz import PARSERS, Parser, mutated
 
 
@@ -21,7 +22,7 @@ def inputs(parser: Parser) -> st.SearchStrategy[bytes]:
 def test_the_law_of_a_parser_holds(name: str) -> None:
     parser = PARSERS[name]
 
-    @settings(max_examples=2000, deadline=None)
+    @settings(max_examples=many(2000), deadline=None)
     @given(inputs(parser))
     def holds(data: bytes) -> None:
         parser.law(data)

@@ -156,6 +156,25 @@ def test_a_restart_anywhere_costs_at_most_the_message_that_it_cut(cuts: list[int
     assert len(found) >= len(PORTS) - 1
 
 
+@given(st.lists(st.integers(1, 30), max_size=120), st.sets(st.integers(0, 200)))
+@pytest.mark.parametrize("waits", [False, True], ids=["one by one", "waiting together"])
+def test_handing_over_anywhere_changes_nothing(waits: bool, cuts: list[int], places: set[int]) -> None:  # noqa: FBT001
+    """Also while packets wait that show private data of before the last verdict, and in the middle of a message."""
+    one, other = router(SNAT), router(SNAT)
+    parts = segments(SESSION, cuts)
+    packets = [(one.queue(*part), other.queue(*part)) for part in parts] if waits else []
+    for place, part in enumerate(parts):
+        if place in places:
+            other.hand_over()
+        if waits:
+            one.answer(packets[place][0])
+            other.answer(packets[place][1])
+        else:
+            assert one.send(*part) == other.send(*part)
+    assert one.outcomes == other.outcomes
+    assert one.expectations == other.expectations
+
+
 def test_what_a_helper_believes_ends_with_a_part_that_it_did_not_hear() -> None:
     """The end of a multi-line reply passes unseen; without it all later replies would be text of that one."""
     one = router()

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.engine.packet import locate, replace
+from tests.examples import many
 from tests.packets import TCP, UDP, header_sum, ipv4, ipv6, tcp, transport_sum, udp
 
 
@@ -61,7 +62,7 @@ def edited(payload: bytes, wanted: list[tuple[int, int, bytes]]) -> bytes:
     return payload
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=many(500), deadline=None)
 @given(built(), st.binary(max_size=8))
 def test_what_is_built_is_found(it: Built, padding: bytes) -> None:
     segment = locate(it.packet + padding)
@@ -70,13 +71,13 @@ def test_what_is_built_is_found(it: Built, padding: bytes) -> None:
     assert found == (it.protocol, it.transport, it.first, len(it.packet))
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=many(500), deadline=None)
 @given(built(), st.data())
 def test_a_cut_packet_is_not_found(it: Built, data: st.DataObject) -> None:
     assert locate(it.packet[: data.draw(st.integers(0, len(it.packet) - 1))]) is None
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=many(500), deadline=None)
 @given(built())
 def test_without_edits_nothing_changes(it: Built) -> None:
     segment = locate(it.packet)
@@ -85,7 +86,7 @@ def test_without_edits_nothing_changes(it: Built) -> None:
     assert replace(memoryview(it.packet), segment, [(0, len(it.payload), it.payload)]) == it.packet
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=many(500), deadline=None)
 @given(built(), st.data())
 def test_edits_are_made_and_everything_agrees_with_them(it: Built, data: st.DataObject) -> None:
     segment = locate(it.packet)
@@ -98,7 +99,7 @@ def test_edits_are_made_and_everything_agrees_with_them(it: Built, data: st.Data
     assert it.packet[0] >> 4 == 6 or header_sum(replaced) == 0xFFFF
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=many(500), deadline=None)
 @given(built(), st.data())
 def test_edits_can_be_taken_back(it: Built, data: st.DataObject) -> None:
     segment = locate(it.packet)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from orchestrator.errors import Problem, ProfileError
 from orchestrator.model import Desired
 from orchestrator.profile import load
+from tests.examples import many
 
 EXAMPLES = [
     path.read_text(encoding="utf-8") for path in sorted((Path(__file__).parents[2] / "profiles").glob("*.yaml"))
@@ -67,13 +68,13 @@ def test_any_bytes(raw: bytes) -> None:
     outcome(raw)
 
 
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=many(400))
 @given(st.lists(st.sampled_from((*WORDS, *PUNCTUATION)), max_size=40).map("".join))
 def test_any_sequence_of_words_of_a_profile(text: str) -> None:
     outcome(text)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=many(300))
 @given(st.sampled_from(EXAMPLES), st.integers(0, 2000), st.integers(0, 30), st.text(max_size=5))
 def test_any_damage_to_an_example(example: str, start: int, length: int, patch: str) -> None:
     outcome(example[:start] + patch + example[start + length :])
@@ -124,7 +125,7 @@ profiles = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=600, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=many(600), suppress_health_check=[HealthCheck.too_slow])
 @given(profiles)
 def test_any_value_of_any_type_in_any_place(data: object) -> None:
     outcome(yaml.dump(data, Dumper=DUMPER))

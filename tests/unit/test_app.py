@@ -90,13 +90,14 @@ def test_a_failing_step_undoes_the_earlier_ones(orch: Harness, kernel: FakeKerne
     orch.apply(FTP)
 
 
-@pytest.mark.parametrize("step", range(4))
-def test_a_failing_way_back_says_what_is_left(orch: Harness, kernel: FakeKernel, step: int) -> None:
+@pytest.mark.parametrize(("step", "left"), [(0, 4), (1, 1), (2, 1), (3, 1)])
+def test_a_failing_way_back_says_what_is_left(orch: Harness, kernel: FakeKernel, step: int, left: int) -> None:
+    """What cannot be disabled keeps its process: without it, it would block connections."""
     kernel.fail_at(5, errno.ENOMEM)
     kernel._fail |= {6 + step: errno.EIO}
     with pytest.raises(RollbackError) as caught:
         orch.apply(FTP)
-    assert len(caught.value.leftovers) == 1
+    assert len(caught.value.leftovers) == left
     assert caught.value.what == str(KernelError("load rules", "ftp", errno.ENOMEM))
     orch.apply(FTP)  # settles what was left
     assert orch.status().profiles[0].drift == ()
@@ -324,6 +325,44 @@ def test_a_namespace_that_got_the_inode_of_a_deleted_one_is_another(orch: Harnes
     assert [str(p.owner) for p in orch.status().profiles] == ["profile other in netns red"]
     orch.teardown(every_netns=True)
     assert kernel.dump_text() == before
+
+
+def test_a_namespace_made_anew_under_its_name_is_another(orch: Harness, kernel: FakeKernel) -> None:
+    blue = kernel.add_netns("blue")
+    orch.apply(FTP, "blue")
+    for pid in list(kernel.running_processes):
+        kernel.kill(pid)
+    kernel.namespaces["blue"] = FakeNetns(blue)
+    (status,) = orch.status().profiles
+    assert status.drift == ("netns blue: it is gone; orch teardown --all takes away what is left of it",)
+    assert not orch.apply(FTP, "blue").plan.is_empty
+    assert orch.warnings == ["netns blue is gone, and profile ftp with it"]
+    assert orch.apply(FTP, "blue").plan.is_empty
+
+
+def test_a_namespace_without_a_name_that_got_the_inode_of_a_deleted_one_is_another(
+    orch: Harness, kernel: FakeKernel
+) -> None:
+    blue = kernel.add_netns("blue")
+    orch.apply(FTP, "blue")
+    for pid in list(kernel.running_processes):
+        kernel.kill(pid)
+    del kernel.namespaces["blue"]
+    kernel.namespaces["of a container"] = FakeNetns(replace(blue, label="/proc/7/ns/net", path="/proc/7/ns/net"))
+    assert not orch.apply(FTP, "/proc/7/ns/net").plan.is_empty
+    assert orch.warnings == ["netns blue is gone, and profile ftp with it"]
+
+
+def test_a_namespace_without_a_name_is_torn_down_from_inside(orch: Harness, kernel: FakeKernel) -> None:
+    blue = kernel.add_netns("blue")
+    orch.apply(FTP, "blue")
+    for pid in list(kernel.running_processes):
+        kernel.kill(pid)
+    space = kernel.namespaces[""] = kernel.namespaces.pop("blue")
+    space.netns = replace(blue, path="")
+    orch.teardown("ftp", "")
+    assert not space.rules
+    assert not kernel.registrations
 
 
 def test_a_namespace_under_another_name_is_the_same(orch: Harness, kernel: FakeKernel) -> None:

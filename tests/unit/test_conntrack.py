@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from orchestrator.errors import DecodeError
 from orchestrator.kernel import conntrack, netlink, netns
 from orchestrator.kernel.modules import module_present
+from tests.examples import many
 
 CTA_TUPLE_ORIG, CTA_TUPLE_REPLY, CTA_STATUS, CTA_PROTOINFO, CTA_HELP, CTA_TIMEOUT = 1, 2, 3, 4, 5, 7
 SEEN_REPLY_AND_CONFIRMED = 0xE
@@ -61,7 +62,7 @@ def test_an_attribute_of_a_wrong_length_is_refused(length: int) -> None:
         conntrack.connection_helper(bytes(netlink.HEADER_BYTES) + struct.pack("=HH", length, 1))
 
 
-@settings(max_examples=500)
+@settings(max_examples=many(500))
 @given(st.binary(max_size=120))
 def test_any_bytes_are_read_or_refused(data: bytes) -> None:
     for helper in (conntrack.connection_helper, conntrack.expectation_helper):

@@ -25,6 +25,7 @@ from orchestrator.engine.api import Helper
 from orchestrator.engine.describe import declaration
 from orchestrator.errors import OrchError
 from orchestrator.supervise.describe import describe
+from tests.examples import many
 
 ROOT = Path(__file__).parents[2]
 STEAM = ROOT / "profiles" / "steam.py"
@@ -310,7 +311,7 @@ ANSWERS = st.recursive(
         ANSWERS, st.sampled_from(sorted(GOOD)).flatmap(lambda key: ANSWERS.map(lambda value: {**GOOD, key: value}))
     )
 )
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=many(300))
 def test_any_answer_is_a_description_or_a_value_error(answer: object) -> None:
     with suppress(ValueError):
         parse(answer)

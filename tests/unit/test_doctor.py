@@ -22,9 +22,11 @@ from orchestrator.doctor.gather import gather
 from orchestrator.doctor.host_probes import HOST_PROBES, MODULES, version
 from orchestrator.doctor.place_probes import PLACE_PROBES, takes_effect
 from orchestrator.fake import FakeKernel
-from orchestrator.model import Backend, HelperKey, L3Proto, L4Proto, Policy, QueueRow, Registration, Status
-from orchestrator.ports import HelperRule, Machine
+from orchestrator.model import Backend, HelperKey, L3Proto, L4Proto, Netns, Policy, QueueRow, Registration, Status
+from orchestrator.ports import HelperRule, LabelRule, Machine
+from orchestrator.state import Owner, Unsettled
 from orchestrator.status import HelperState, HostStatus
+from orchestrator.verify import trials
 from orchestrator.views import doctor as view
 from orchestrator.views.human import Paint
 from tests.hosts import Harness
@@ -45,6 +47,7 @@ SYSCTLS = {
 }
 TAKEN = (("ftp", L4Proto.TCP),)
 MODULE = {"nf_conntrack_ftp": TAKEN}
+UNSETTLED = Unsettled(1, "apply", Owner("ftp", Netns("blue", "/run/netns/blue", "0:7")), (), ())
 
 
 def registration(
@@ -80,6 +83,12 @@ def kernel() -> FakeKernel:
     return kernel
 
 
+@pytest.fixture(autouse=True)
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No trial of this host is looked at."""
+    monkeypatch.setattr(trials, "RUNTIME", tmp_path / "run")
+
+
 @pytest.fixture
 def orch(kernel: FakeKernel, tmp_path: Path) -> Harness:
     return Harness(kernel.system(), tmp_path / "state")
@@ -109,6 +118,7 @@ def ailing(orch: Harness, kernel: FakeKernel) -> Facts:
     for broken in (
         registration("ftp", Status.ENABLED, queue=9, priv=0),
         registration("old-us", Status.DISABLED),
+        registration("v0123abcd-0", Status.DISABLED),
     ):
         kernel.registrations[broken.key] = broken
     kernel.programs.clear()
@@ -130,6 +140,9 @@ def ailing(orch: Harness, kernel: FakeKernel) -> Facts:
     space.dropping_filters = ("inet filter forward",)
     space.foreign_queues = ("inet ips forward",)
     space.flowtables = ("inet fw fast",)
+    (label,) = (queue.label for applied in orch.app("blue").applied() for queue in applied.target.rule_queues)
+    space.foreign_labels = (LabelRule("inet shaper marks", label), LabelRule("inet shaper marks", label + 1))
+    space.interfaces["eth1"] = "red"
     space.queues[6] = QueueRow(6, 4000, 0, 0, 0, 0, copy_mode=0)
     space.queues[7] = QueueRow(7, 4000, 3, 12, 5, 100)
     kernel.machine = Machine(
@@ -167,10 +180,11 @@ def beyond_the_fake(facts: Facts, orch: Harness) -> Facts:
     blue = replace(blue, queues=(*blue.queues, QueueRow(elsewhere, 99, 0, 0, 0, 0)))
     return replace(
         facts,
-        status=replace(status, profiles=profiles, unsettled=("apply of profile ftp in netns blue",)),
+        status=replace(status, profiles=profiles, unsettled=(UNSETTLED,)),
         answers={"nft_queue": "ENOENT, load rules", "nft_ct": ""},
         ledger_trouble="file is not a database",
         stale=("/run/orch/gone@4-99",),
+        trials={"orch-verify-0123abcd": (registration("v0123abcd-0", Status.DISABLED).key,), "orch-verify-4567": ()},
         places=(blue, replace(host, queues=Unseen("run as root"))),
     )
 
@@ -269,6 +283,26 @@ def test_what_is_left_over_is_found(orch: Harness) -> None:
     assert stale == ["deaf/ftp-us,ip,tcp@gone@4-99", "gone@4-99"]
 
 
+def test_a_module_that_was_told_its_ports_has_a_name_for_each(orch: Harness, kernel: FakeKernel) -> None:
+    kernel.modules_loaded.add("nf_conntrack_ftp")
+    kernel.module_ports["nf_conntrack_ftp"] = (21, 2121)
+    names = ("ftp", "ftp-2121", "ftp-2122", "tftp-69")
+    kernel.namespaces[""].foreign_rules = tuple(rule(name) for name in names)
+    dead = [cause for cause in causes(gather(orch.app()), Verdict.PROBLEM) if cause.startswith("dead rules")]
+    assert [cause.split(",")[0].split()[-1] for cause in dead] == ["ftp-2122", "tftp-69"]
+
+
+def test_label_bits_and_vrfs_matter_only_where_rules_queue(orch: Harness, kernel: FakeKernel) -> None:
+    space = kernel.namespaces[""]
+    space.foreign_labels = tuple(LabelRule("inet shaper marks", bit) for bit in range(128))
+    space.interfaces["eth1"] = "red"
+    orch.apply(ASKING.format("first", 2101))
+    assert not [f for f in examined(gather(orch.app())) if f.probe in ("labels", "vrf") and f.verdict != Verdict.OK]
+    orch.apply(NATIVE)
+    wrong = [f for f in examined(gather(orch.app())) if f.probe in ("labels", "vrf")]
+    assert [(f.probe, f.verdict) for f in wrong] == [("labels", Verdict.PROBLEM), ("vrf", Verdict.WARNING)]
+
+
 @pytest.mark.parametrize("content", [b"", b"garbage" * 200, None])
 def test_a_ledger_that_cannot_be_read_is_told(orch: Harness, content: bytes | None) -> None:
     orch.apply(NATIVE)
@@ -307,7 +341,7 @@ def cli_on(kernel: FakeKernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_command(cli_on: None, kernel: FakeKernel, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["doctor"]) == 0
-    assert capsys.readouterr().out == "0 problems, 0 warnings, 0 skipped, 30 ok (-v shows them).\n"
+    assert capsys.readouterr().out == "0 problems, 0 warnings, 0 skipped, 33 ok (-v shows them).\n"
     kernel.probe_answers = {"nft_queue": "ENOENT"}
     assert cli.run(["doctor", "--probe", "--json"]) == 2
     result = json.loads(capsys.readouterr().out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import queue
@@ -76,6 +77,7 @@ EVENTS: tuple[Event, ...] = (
     LostEvent(1_800_000_002.999, BLUE, 17),
     process(Life.STARTED, RUNNING),
     process(Life.DIED, replace(RUNNING, state=ProcessState.BACKOFF, pid=0, reason="killed by SIGSEGV")),
+    process(Life.HUNG, replace(RUNNING, state=ProcessState.STOPPING, reason="hung: packets wait, and it answers none")),
     process(Life.RESTARTED, replace(RUNNING, pid=101, restarts=1, reason="killed by SIGSEGV")),
     process(Life.FATAL, replace(RUNNING, state=ProcessState.FATAL, pid=0, restarts=10, reason="exited with 1")),
     process(Life.STOPPED, RUNNING),
@@ -122,6 +124,23 @@ def test_what_became_of_a_process() -> None:
     assert life(RUNNING, replace(RUNNING, since=9.0)) == []
     assert life(RUNNING, replace(RUNNING, pid=103)) == [Life.STARTED]
     assert life(RUNNING, None) == [Life.STOPPED]
+
+
+def test_a_hang_is_told_once_however_much_of_it_is_seen() -> None:
+    hung = replace(RUNNING, state=ProcessState.STOPPING, reason="hung: packets wait")
+    starting = replace(hung, state=ProcessState.STARTING, pid=101)
+    again = replace(starting, state=ProcessState.RUNNING, restarts=1)
+    course = [RUNNING, hung, starting, again]
+    for seen in (seen for size in range(3) for seen in itertools.combinations(course[1:-1], size)):
+        steps = itertools.pairwise([RUNNING, *seen, again])
+        assert [kind for step in steps for kind in life(*step)] == [Life.HUNG, Life.RESTARTED]
+    assert life(again, replace(hung, pid=101, restarts=1)) == [Life.HUNG]
+    assert life(again, replace(again, state=ProcessState.STOPPING, reason="")) == []
+    assert life(again, replace(again, pid=102, restarts=2, reason="exited with 1")) == [Life.RESTARTED]
+    backoff = replace(hung, state=ProcessState.BACKOFF, pid=0)
+    assert life(hung, backoff) == [Life.DIED]
+    assert life(RUNNING, backoff) == [Life.HUNG, Life.DIED]
+    assert life(None, again) == [Life.RESTARTED]
 
 
 # -- on this machine ---------------------------------------------------------------------------------------------------
@@ -296,6 +315,11 @@ def test_the_life_of_a_process(netns: str, processes: LocalProcesses) -> None:
         second = told(events, Life.RESTARTED)
         assert second.pid != first.pid
         assert (second.restarts, "SIGKILL" in second.reason) == (1, True)
+        os.kill(second.pid, signal.SIGSTOP)
+        hung = told(events, Life.HUNG)
+        assert "stopped by a signal" in hung.reason
+        second = told(events, Life.RESTARTED)
+        assert second.restarts == 2
         processes.stop(next(seen for seen in processes.running() if seen.pid == second.pid))
         assert told(events, Life.STOPPED).pid == second.pid
         os.close(reading)

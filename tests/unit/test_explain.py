@@ -333,6 +333,11 @@ def test_ends(source: str, destination: str, expected: Ends) -> None:
         ("10.0.0.1", "[fd00::1]:21"),
         ("10.0.0.1:70000", "10.0.0.2:21"),
         ("10.0.0.1:x", "10.0.0.2:21"),
+        ("10.0.0.1:+5", "10.0.0.2:21"),
+        ("10.0.0.1", "10.0.0.2:2_1"),
+        ("10.0.0.1", "10.0.0.2: 21"),
+        ("10.0.0.1", "10.0.0.2:٢١"),
+        ("10.0.0.1", "[fd00::1]:"),
         ("nobody", "10.0.0.2:21"),
         ("", "10.0.0.2:21"),
     ],
@@ -342,6 +347,15 @@ def test_what_is_no_end_is_refused(source: str, destination: str) -> None:
         parse_ends(source, destination)
 
 
-@pytest.mark.parametrize("words", [f"{TO} icmp", f"{TO} --iif lan0 --oif wan0"])
+@pytest.mark.parametrize("words", [f"{TO} icmp", f"{TO} --iif lan0 --oif wan0", f"{TO} --iif lan9", f"{TO} --oif x"])
 def test_wrong_usage(host: Host, words: str) -> None:
     assert cli.run(["explain", *words.split()]) == 64
+
+
+def test_an_interface_that_is_not_there_is_told_with_those_that_are(
+    host: Host, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.run(["explain", *TO.split(), "--iif", "lan9", "--netns", "blue"])
+    said = capsys.readouterr().err
+    assert "there is no interface 'lan9' in netns blue" in said
+    assert "lan0, lo, wan0" in said

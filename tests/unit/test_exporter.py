@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -331,7 +332,22 @@ def test_it_serves_until_a_signal_ends_it(tmp_path: Path) -> None:
             assert time.monotonic() < deadline
             text = fetch(url)
         process.send_signal(signal.SIGTERM)
-        assert process.wait() == 128 + signal.SIGTERM
+        assert process.wait() == 0
+
+
+def test_what_cannot_be_written_or_served_is_named_as_it_was_given(tmp_path: Path) -> None:
+    file = tmp_path / "none" / "orch.prom"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        wrong = {
+            f"--textfile {file}": ("cannot write the metrics: No such file or directory", str(file)),
+            f"--listen 127.0.0.1:{port}": ("cannot serve metrics: Address already in use", f"127.0.0.1:{port}"),
+            "--listen [2001:db8::1]:9": ("cannot serve metrics: Cannot assign requested address", "[2001:db8::1]:9"),
+        }
+        for arguments, (what, where) in wrong.items():
+            process = orch_exporter(*arguments.split(), state=tmp_path / "state")
+            assert process.communicate()[1].splitlines()[:2] == [f"error: {what}", f"  where: {where}"]
+            assert process.returncode == 1
 
 
 def fetch(url: str) -> str:

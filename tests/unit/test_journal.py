@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sqlite3
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +32,7 @@ from orchestrator.state import (
     StartProcess,
     Step,
     StopProcess,
+    Unsettled,
     UpdateRegistration,
     WatchProcess,
     describe,
@@ -84,11 +88,14 @@ def open_ledger(directory: Path, boot: str = "boot-1", *, create: bool = True) -
 @pytest.mark.parametrize("step", steps(), ids=describe)
 def test_every_step_survives_a_crash(tmp_path: Path, step: Step) -> None:
     ledger = open_ledger(tmp_path)
-    tx = ledger.begin("apply", Owner("ftp", BLUE))
-    ledger.intend(tx, 0, step)
+    planned = (step, *steps())
+    tx = ledger.begin("apply", Owner("ftp", BLUE), planned)
+    for sequence in (0, 1):
+        ledger.intend(tx, sequence)
+    ledger.undone(tx, 1)
     ledger.close()
     (unsettled,) = open_ledger(tmp_path).unsettled()
-    assert (unsettled.command, unsettled.owner, unsettled.begun) == ("apply", Owner("ftp", BLUE), ((step, False),))
+    assert unsettled == Unsettled(tx, "apply", Owner("ftp", BLUE), planned, ((0, step),))
 
 
 @pytest.mark.parametrize("step", steps(), ids=describe)
@@ -127,6 +134,22 @@ def test_a_registration_that_had_to_stay_stays_ours(tmp_path: Path) -> None:
     assert list(ledger.recorded()) == [KEY]
 
 
+def test_a_write_in_which_orch_was_killed_never_was(tmp_path: Path) -> None:
+    """Who looks rolls it back as well; else status would know nothing until the next command that writes."""
+    open_ledger(tmp_path).settle_applied(None, applied())
+    pid = os.fork()
+    if not pid:
+        database = sqlite3.connect(tmp_path / "ledger.sqlite", isolation_level=None)
+        database.execute("PRAGMA cache_size = 1")  # what does not fit is in the file before the commit
+        database.execute("BEGIN IMMEDIATE")
+        database.execute("DELETE FROM applied")
+        database.executemany("INSERT INTO meta VALUES (?, ?)", [(f"key {n}", "x" * 1000) for n in range(100)])
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert (tmp_path / "ledger.sqlite-journal").exists()
+    assert open_ledger(tmp_path, create=False).applied() == (applied(),)
+
+
 def test_another_boot_is_another_world(tmp_path: Path) -> None:
     ledger = open_ledger(tmp_path)
     ledger.settle_applied(None, applied())
@@ -148,13 +171,15 @@ def test_a_directory_that_cannot_be_made_is_told(tmp_path: Path) -> None:
 
 def test_the_lock_says_who_holds_it(tmp_path: Path) -> None:
     clock = FakeKernel().system().clock
+    said: list[str] = []
     with open_ledger(tmp_path).locked("apply a.yaml", wait_s=0, clock=clock):
         with (
             pytest.raises(RefusedError, match=r"busy: orch apply a.yaml \(pid \d+\) holds the lock"),
-            open_ledger(tmp_path).locked("apply b.yaml", wait_s=1, clock=clock),
+            open_ledger(tmp_path).locked("apply b.yaml", wait_s=2.5, clock=clock, say=said.append),
         ):
             pass
-        assert clock.monotonic() >= 1
+        assert clock.monotonic() == pytest.approx(2.5, abs=0.1)
+    assert said == [f"waiting for orch apply a.yaml (pid {os.getpid()}), at most 2.5 s"]
     with open_ledger(tmp_path).locked("apply b.yaml", wait_s=0, clock=clock):
         pass
 

@@ -28,7 +28,7 @@ LAYERS: dict[str, set[str]] = {
     "engine": set(),
     "helpers": {"engine"},
     "catalogue": BASE | {"engine"},
-    "launches": BASE | {"ports"},
+    "launches": BASE | {"ports", "engine"},
     "overlap": BASE,
     **dict.fromkeys(("attach", "choose", "profile", "profile_schema", "queues", "resolve", "yamltext"), PROFILE),
     "document": BASE | {"engine"},
@@ -43,18 +43,28 @@ LAYERS: dict[str, set[str]] = {
     "kernel": BASE | {"ports", "kernel", "engine"},
     "supervise": BASE | {"ports", "engine", "catalogue"},
     "replay": {"errors", "engine", "supervise"},
-    "app": PURE | {"execute", "journal", "observe", "plan", "reports", "status", "kernel", "supervise"},
+    "settle": PURE | {"execute", "journal", "reports"},
+    "app": PURE
+    | {"execute", "journal", "observe", "plan", "plan_registrations", "reports", "settle"}
+    | {"status", "kernel", "supervise"},
     "exporter": PURE | {"engine", "journal", "status"},
-    "doctor": PURE | {"app", "journal", "observe", "status"},
+    "doctor": PURE | {"app", "journal", "observe", "status", "verify"},
     "events": PURE | {"kernel", "supervise"},
+    "drift": PURE | {"app", "execute", "journal", "reports"},
+    "watcher": PURE | {"app", "drift", "kernel", "supervise"},
     "explain": PURE | {"status"},
     "views": PURE
-    | {"doctor", "engine", "events", "explain", "replay", "reports", "execute", "status", "supervise", "verify"}
-    | {"views"},
+    | {"confirm", "doctor", "drift", "engine", "events", "explain", "replay", "reports", "execute", "status"}
+    | {"supervise", "verify", "views"},
+    "confirm": PURE | {"app", "journal", "reports"},
+    "watchdog": PURE | {"app", "execute", "journal", "reports", "supervise"},
+    "boot": BASE | {"render"},
     "complete": set(),
-    "verify": PURE | {"app", "kernel", "render", "reports", "verify"},
+    "verify": PURE | {"app", "journal", "kernel", "render", "reports", "verify"},
     "session": COMMAND | {"complete"},
-    "commands": COMMAND | {"doctor", "events", "explain", "journal", "exporter", "session", "verify"},
+    "commands": COMMAND
+    | {"doctor", "drift", "events", "explain", "journal", "exporter", "session", "verify", "watcher"}
+    | {"boot", "complete", "confirm", "watchdog"},
     "cli": COMMAND | {"commands", "complete", "session"},
 }
 

@@ -16,6 +16,7 @@ from orchestrator.engine.netlink import DecodeError as EngineDecodeError
 from orchestrator.engine.netlink import attribute, nest
 from orchestrator.errors import DecodeError
 from orchestrator.kernel import netlink, netns
+from orchestrator.kernel.links import interfaces
 from orchestrator.kernel.live import decode_connection, decode_expectation, live_connections, live_expectations
 from orchestrator.kernel.netns import scratch
 from orchestrator.kernel.probing import probe
@@ -103,6 +104,13 @@ def test_routes() -> None:
         assert route(here, "203.0.113.1") == Route(is_local=False, interface="")
         with pytest.raises(ValueError, match="does not appear"):
             route(here, "nobody")
+
+
+def test_interfaces() -> None:
+    with scratch():
+        here = netns.own()
+        subprocess.run(["ip", "link", "add", "lan0", "type", "veth", "peer", "name", "lan1"], check=True)
+        assert interfaces(here) == {"lo": "", "lan0": "", "lan1": ""}
 
 
 @live

@@ -45,6 +45,14 @@ def test_a_built_in_module_is_present(system: Path) -> None:
     assert not modules.module_present("nf_table")
 
 
+def test_ports_that_a_module_was_told(system: Path) -> None:
+    assert modules.ports("nf_conntrack_ftp") == ()
+    file = system / "sys" / "nf_conntrack_ftp" / "parameters" / "ports"
+    file.parent.mkdir(parents=True)
+    file.write_text("21,2121\n")
+    assert modules.ports("nf_conntrack_ftp") == (21, 2121)
+
+
 def test_a_kernel_without_modules_is_asked_for_its_subsystems(system: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (system / "proc_modules").unlink()
 

@@ -213,7 +213,7 @@ def sources(kernel: FakeKernel) -> list[str]:
     return [launch.files["helper-own.py"] for _, launch in kernel.running_processes.values()]
 
 
-@pytest.mark.parametrize("step", range(3))
+@pytest.mark.parametrize("step", range(2))
 def test_an_apply_that_changes_the_file_of_a_helper_is_undone(
     orch: Harness, kernel: FakeKernel, own_file: Path, step: int
 ) -> None:
@@ -237,5 +237,5 @@ def test_a_change_of_the_file_alone_is_a_change(orch: Harness, kernel: FakeKerne
     orch.steps.clear()
     own_file.write_text(OWN_HELPER + "# changed\n")
     orch.apply(text + "# read again\n")
-    assert orch.steps == ["stop own", "start own"]
+    assert orch.steps == ["hand over to a new own"]
     assert sources(kernel) == [OWN_HELPER + "# changed\n"]

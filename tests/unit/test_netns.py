@@ -185,3 +185,30 @@ def test_no_descriptor_is_left_open(name: str) -> None:
         with netns.entered(found), netns.scratch():
             pass
     assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+
+
+@root
+def test_a_cookie_is_one_namespace_even_when_its_inode_is_given_to_another(name: str) -> None:
+    found = netns.find(name)
+    cookie = netns.cookie(found)
+    assert netns.cookie(netns.own()) not in (0, cookie)
+    ip("netns", "attach", f"{name}-too", str(os.getpid()))
+    try:
+        assert netns.cookie(netns.find(f"{name}-too")) == netns.cookie(netns.own())
+    finally:
+        ip("netns", "delete", f"{name}-too")
+    cookies = [cookie]
+    for _ in range(5):
+        ip("netns", "delete", name)
+        ip("netns", "add", name)
+        cookies.append(netns.cookie(netns.find(name)))
+    assert len(set(cookies)) == len(cookies)
+    assert netns.cookie(netns.find(name)) == cookies[-1]
+
+
+@root
+def test_a_namespace_that_is_gone_has_no_cookie(name: str) -> None:
+    found = netns.find(name)
+    ip("netns", "delete", name)
+    with pytest.raises(PreflightError, match="there is no network namespace"):
+        netns.cookie(found)

@@ -341,7 +341,8 @@ def test_problems_come_in_order_of_place() -> None:
 
 def test_the_schema_knows_every_key_and_is_json() -> None:
     document = json.loads(json.dumps(schema()))
-    assert set(document["properties"]) == {"profile", "netns", "backend", "families", "helpers"}
+    keys = {"profile", "netns", "backend", "families", "reconcile", "confirm_within_s", "helpers"}
+    assert set(document["properties"]) == keys
     assert document["additionalProperties"] is False
     assert set(document["$defs"]) == {
         "HelperDoc", "AttachDoc", "PolicyDoc", "GuardDoc", "ProcessDoc",

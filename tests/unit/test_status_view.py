@@ -11,7 +11,7 @@ import pytest
 from orchestrator.engine.counters import Counters, Snapshot, State
 from orchestrator.model import Backend, HelperKey, L3Proto, L4Proto, Netns
 from orchestrator.ports import Lifetimes
-from orchestrator.state import Owner
+from orchestrator.state import Owner, Unsettled
 from orchestrator.status import HelperState, HelperStatus, HostStatus, ProfileStatus, QueueStatus
 from orchestrator.views import status as view
 from orchestrator.views.human import Paint
@@ -83,7 +83,7 @@ HOST = HostStatus(
         profile("lost", (), "netns blue: it is gone"),
     ),
     unknown=(Owner("old", Netns("red", "/run/netns/red", "4:2")),),
-    unsettled=("apply of profile new in netns blue",),
+    unsettled=(Unsettled(1, "apply", Owner("new", Netns("blue", "/run/netns/blue", "0:7")), (), ()),),
     working=True,
 )
 

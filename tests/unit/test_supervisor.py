@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.errors import HelperProcessError
+from orchestrator.errors import HelperProcessError, PreflightError
 from orchestrator.kernel.netns import entered, find
 from orchestrator.model import Netns, ProcessSpec, Restart
 from orchestrator.ports import Launch, Lifetimes, ProcessSeen, ProcessState, Supervised
@@ -69,6 +69,28 @@ from orchestrator.supervise import control
 from orchestrator.supervise.supervisor import Supervisor
 supervisor = Supervisor(sys.argv[2], sys.argv[3], control.listen(sys.argv[2]))
 os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+supervisor.run()
+"""
+
+
+FAILING = """
+import os, sys
+sys.path.append(sys.argv[1])
+from orchestrator.supervise import control
+from orchestrator.supervise.supervisor import Supervisor
+
+class Failing(Supervisor):
+    def _take(self, request, answer):
+        if request["do"] == "adopt" and os.path.exists("fail"):
+            os.unlink("fail")
+            fail(0)
+        super()._take(request, answer)
+
+def fail(number):
+    raise RuntimeError("a mistake")
+
+supervisor = Failing(sys.argv[2], sys.argv[3], control.inherited())
+supervisor.on_signal = fail
 supervisor.run()
 """
 
@@ -207,6 +229,51 @@ def test_one_that_ends_before_its_supervisor_hears_of_children_is_not_forgotten(
             wait_until(processes, netns, lambda one: one.state is ProcessState.FATAL)
         finally:
             successor.kill()
+
+
+def test_after_a_mistake_of_its_own_it_begins_anew_and_once_only(processes: LocalProcesses, netns: Netns) -> None:
+    """Whoever asked for what it failed over is answered all the same."""
+    directory = processes._prepare(launch(netns))
+    environment = {"ORCH_SUPERVISOR": supervisor_mark(processes.state_dir, PROFILE)}
+    argv = [sys.executable, "-I", "-S", "-c", FAILING, ROOT, str(directory), str(processes.state_dir)]
+    with control.listen(str(directory)) as listener, entered(netns):
+        failing = subprocess.Popen(argv, env=environment, stdin=listener.fileno(), stderr=subprocess.PIPE, text=True)
+    try:
+        pid = processes.start(launch(netns))
+        (directory / "fail").touch()
+        processes.watch(launch(netns), the_one(processes))
+        assert not (directory / "fail").exists()
+        assert seen(processes, netns).pid == pid
+        os.kill(pid, signal.SIGKILL)
+        second = wait_until(processes, netns, restarted(1)).pid
+        assert supervisor(processes, netns) == failing.pid
+        failing.send_signal(signal.SIGHUP)
+        said = failing.communicate(timeout=30)[1]
+        assert failing.returncode == 1
+        assert said.count("begins anew\n") == 1
+        assert said.count("RuntimeError: a mistake\n") == 3, "logged twice, and at last it ends by it"
+    finally:
+        failing.kill()
+        failing.communicate()
+    process = the_one(processes)
+    assert (process.pid, process.watched) == (second, False)
+
+
+def test_of_two_services_at_once_the_second_is_refused(processes: LocalProcesses, netns: Netns) -> None:
+    """From the moment in which it has the socket a process counts as the supervisor that it will be."""
+    pid = processes.start(launch(netns))
+    directory, listener = processes.take_over(PROFILE, netns)
+    with listener:
+        assert not processes.supervisors(PROFILE, netns.identity)
+        assert seen(processes, netns).pid == pid
+        with pytest.raises(PreflightError, match=f"a service already: pid {os.getpid()}"):
+            processes.take_over(PROFILE, netns)
+    report = json.loads((directory / "supervisor.json").read_text())
+    (directory / "supervisor.json").write_text(json.dumps({**report, "claimed_by": 1}))
+    processes.take_over(PROFILE, netns)[1].close()  # it has ended, and its pid is another's
+    (directory / "supervisor.json").write_text(json.dumps({**report, "claimed_by": 1}))
+    processes.watch(launch(netns), the_one(processes))
+    assert seen(processes, netns).pid == pid
 
 
 def test_what_nobody_waits_for_any_more_is_not_done(processes: LocalProcesses, netns: Netns) -> None:

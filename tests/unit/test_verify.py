@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path as File
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator import catalogue, cli, profile, render
-from orchestrator.model import Desired, Engine, HelperKey, L3Proto, L4Proto, Path, is_helper_name
+from orchestrator.kernel.netns import entered
+from orchestrator.model import Desired, Engine, HelperKey, L3Proto, L4Proto, Netns, Path, is_helper_name
 from orchestrator.session import ExitCode
 from orchestrator.supervise.describe import describe
 from orchestrator.verify.dialogues import DIALOGUES, PORTS_ANNOUNCED, Dialogue, Ends
 from orchestrator.verify.disguise import Case, cases, disguised, left_out, narrowed
 from orchestrator.verify.expectations import Events, expectations_made
-from orchestrator.verify.network import Network, load_filter, network
+from orchestrator.verify.network import LAN, WAN, Network, load_filter, network
 from orchestrator.verify.play import play
 from orchestrator.verify.run import Outcome, Result, Verification
 from orchestrator.views import verify as view
@@ -47,6 +49,7 @@ def desired(names: set[str] | None = None, *, options: str = "", **entries: str)
 profiles = st.sets(st.sampled_from(sorted(ENTRIES)), min_size=1).map(desired)
 
 
+@settings(deadline=None)
 @given(profiles, st.sets(st.sampled_from(sorted(ENTRIES))))
 def test_a_disguised_profile_is_whole_and_has_names_of_its_own(wanted: Desired, without: set[str]) -> None:
     tried = disguised(wanted, prefix="v1", without=without)
@@ -71,6 +74,7 @@ def test_a_disguised_profile_is_whole_and_has_names_of_its_own(wanted: Desired, 
     assert target.processes == tried.processes
 
 
+@settings(deadline=None)
 @given(profiles)
 def test_a_disguise_changes_nothing_but_names_interfaces_and_addresses(wanted: Desired) -> None:
     tried = disguised(wanted, prefix="v1")
@@ -259,3 +263,16 @@ def test_every_result_is_in_the_json() -> None:
         "reason": "tcp 10.66.2.1 > 10.66.2.2 40000 was not expected",
         "seconds": 1.5,
     }
+
+
+@root
+def test_no_two_ends_of_a_link_have_one_index() -> None:
+    """The kernel would tell them a second late that they are linked, and the first IPv6 dialogue would wait for it."""
+    with network() as made:
+        for host, interface in ((made.client, LAN), (made.server, WAN)):
+            assert link_index(host.netns, host.interface) != link_index(made.router.netns, interface)
+
+
+def link_index(netns: Netns, interface: str) -> int:
+    with entered(netns):
+        return socket.if_nametoindex(interface)

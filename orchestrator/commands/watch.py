@@ -1,0 +1,141 @@
+"""`orch watch`: keep what is applied as it was applied."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from orchestrator.session import (
+    DEFAULT_STATE,
+    AppliedArgument,
+    Colour,
+    ColourOption,
+    ExitCode,
+    JsonOption,
+    NetnsOption,
+    QuietOption,
+    Session,
+    StateOption,
+    VerboseOption,
+    WaitOption,
+    make_app,
+    new_session,
+)
+
+if TYPE_CHECKING:
+    from orchestrator.drift import MendReport
+    from orchestrator.execute import Outcome as StepOutcome
+
+_ONCE_WITHIN_S = 10.0
+
+
+def watch(
+    profile: AppliedArgument = "",
+    netns: NetnsOption = None,
+    interval_s: Annotated[
+        float,
+        typer.Option(
+            "--interval",
+            envvar="ORCH_INTERVAL",
+            min=0.1,
+            metavar="SECONDS",
+            help="How often to look for what nobody tells of: registrations, modules, rules of iptables-legacy.",
+        ),
+    ] = 30.0,
+    repairs: Annotated[
+        int,
+        typer.Option(
+            "--repairs",
+            envvar="ORCH_REPAIRS",
+            min=1,
+            help="How often a minute to mend one thing, before giving up.",
+        ),
+    ] = 5,
+    is_dry_run: Annotated[
+        bool, typer.Option("--dry-run", envvar="ORCH_DRY_RUN", help="Say what has drifted, and leave it so.")
+    ] = False,
+    is_once: Annotated[bool, typer.Option("--once", envvar="ORCH_ONCE", help="Look once, mend, and end.")] = False,
+    wait_s: WaitOption = 10.0,
+    state_dir: StateOption = DEFAULT_STATE,
+    is_json: JsonOption = False,
+    colour: ColourOption = Colour.AUTO,
+    verbose: VerboseOption = 0,
+    is_quiet: QuietOption = False,
+) -> ExitCode:
+    """Mend what others change of an applied profile, as soon as they do, until interrupted."""
+    import gc
+
+    from orchestrator import drift, watcher
+    from orchestrator.app import local_processes
+
+    session = new_session("watch", is_json, colour, verbose, is_quiet)
+    gc.enable()  # this command does not end soon
+    app = make_app(session, netns=netns, state_dir=state_dir, wait_s=wait_s)
+    # Nobody is there to be asked, and steps are of no interest unless somebody says so.
+    talk = replace(app.talk, confirm=lambda _plan, _reason: False, step=session.step if verbose else _say_nothing)
+    app = replace(app, talk=talk)
+    mend = partial(drift.mend, app, limits=drift.Limits(repairs), is_dry_run=is_dry_run)
+    teller = _Teller(session)
+    if is_once:
+        owners = [applied.owner for applied in app.applied(profile)]
+        reports = watcher.look_once(owners, mend, within_s=_ONCE_WITHIN_S, sleep=app.system.clock.sleep)
+        for report in reports:
+            teller.tell(report)
+        return session.result(_code(reports), "", profiles=len(reports))
+    watching = watcher.Watcher(
+        app,
+        local_processes(app.state_dir),
+        profile=profile,
+        interval_s=interval_s,
+        mend=mend,
+        tell=teller.tell,
+    )
+    watching.run()
+    return session.result(ExitCode.OK, "", profiles=len(watching.owners))
+
+
+def _say_nothing(_outcome: StepOutcome) -> None:
+    pass
+
+
+def _code(reports: list[MendReport]) -> ExitCode:
+    from orchestrator.drift import Outcome
+
+    outcomes = {report.outcome for report in reports}
+    if Outcome.FAILED in outcomes:
+        return ExitCode.FAILED
+    return ExitCode.OK if outcomes <= {Outcome.RIGHT, Outcome.MENDED} else ExitCode.DIFFERS
+
+
+class _Teller:
+    """Says what came of each look, but nothing twice in a row."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._told: dict[str, MendReport] = {}
+
+    def tell(self, report: MendReport, culprit: str = "") -> None:
+        import logging
+        import time
+
+        from orchestrator.drift import Outcome
+        from orchestrator.views import watch as view
+
+        before = self._told.get(str(report.owner))
+        self._told[str(report.owner)] = report
+        is_dull = report.outcome in (Outcome.RIGHT, Outcome.WAITING) and not self._session.verbose
+        is_known = not report.is_news or (report == before and report.outcome is not Outcome.MENDED)
+        if is_dull or is_known:
+            return
+        now_s = time.time()
+        if report.outcome is Outcome.GIVEN_UP:
+            logging.getLogger(__name__).error("%s: not mended any more: %s", report.owner, report.reason)
+        if self._session.is_json:
+            self._session.write(view.line(report, now_s, culprit=culprit) + "\n")
+        elif not self._session.is_quiet:
+            self._session.write(view.text(report, now_s, self._session.paint(sys.stdout), culprit=culprit) + "\n")
+        sys.stdout.flush()

@@ -1,0 +1,135 @@
+"""Where trials live, and what is left of those that were killed.
+
+The directory of a trial is locked as long as it lives, and its registrations have the name of the directory in theirs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.app import boot_id, kernel_system
+from orchestrator.errors import KernelError
+from orchestrator.journal import Ledger
+from orchestrator.model import HelperKey
+from orchestrator.ports import System
+
+RUNTIME = Path("/run")  # sockets are made in it, whose path may have 107 bytes: $TMPDIR can be longer
+_NAME = "orch-verify-"
+_REGISTERED = re.compile(r"v([0-9a-f]{8})-\d+")
+_RELEASED_WITHIN_S = 10.0
+_POLL_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The state directory of a trial, and how the names of its registrations begin."""
+
+    state_dir: Path
+    prefix: str
+
+
+@contextlib.contextmanager
+def place() -> Iterator[Place]:
+    """A new one; the directory is gone after the block, with all that is in it."""
+    token = secrets.token_hex(4)
+    path = RUNTIME / f"{_NAME}{token}"
+    hidden = RUNTIME / f".{path.name}"  # until it is locked nobody must take it for one that was left behind
+    hidden.mkdir(mode=0o700)
+    try:
+        with _locked(hidden):
+            hidden.rename(path)
+            yield Place(path, f"v{token}")
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def abandoned(registered: Iterable[HelperKey]) -> dict[str, tuple[HelperKey, ...]]:
+    """Trials that were killed, by the name of their directory, with those of the registrations that are theirs."""
+    found: dict[str, tuple[HelperKey, ...]] = {path.name: () for path in RUNTIME.glob(f"{_NAME}*")}
+    for key in registered:
+        if match := _REGISTERED.fullmatch(key.name):
+            name = f"{_NAME}{match[1]}"
+            found[name] = (*found.get(name, ()), key)
+    return {name: keys for name, keys in sorted(found.items()) if not _is_alive(RUNTIME / name)}
+
+
+def is_of_trial(key: HelperKey) -> bool:
+    """Whether a registration is one of a trial, to judge by its name."""
+    return _REGISTERED.fullmatch(key.name) is not None
+
+
+def remove_abandoned() -> tuple[str, ...]:
+    """Take away what killed trials left, and say of which; what resists stays for the next time. Raises OrchError."""
+    system = kernel_system(RUNTIME)
+    removed = abandoned(registration.key for registration in system.registry.dump())
+    for name, keys in removed.items():
+        with _locked(RUNTIME / name) as is_mine:
+            if is_mine:
+                _remove(RUNTIME / name, keys)
+    return tuple(removed)
+
+
+def _remove(state_dir: Path, keys: tuple[HelperKey, ...]) -> None:
+    """Its processes first: the namespaces, and the rules in them, are there for as long as those are."""
+    system = kernel_system(state_dir)
+    with closing(Ledger.open(state_dir, boot_id=boot_id(), create=False)) as ledger:
+        owners, recorded = ledger.owners(), ledger.recorded()
+    for process in system.processes.running():
+        system.processes.stop(process)
+    for owner in owners:
+        system.processes.cleanup(owner.profile, owner.netns)
+    for registration in system.registry.dump():
+        if registration.key in {*keys, *recorded}:
+            _delete(system, registration.key)
+    shutil.rmtree(state_dir, ignore_errors=True)
+
+
+def _delete(system: System, key: HelperKey) -> None:
+    """The kernel takes a namespace apart, and with it rules that refer, some time after its last process has ended."""
+    deadline = system.clock.monotonic() + _RELEASED_WITHIN_S
+    while True:
+        try:
+            system.registry.delete(key)
+        except KernelError as error:
+            if error.errno == errno.ENOENT:  # its supervisor was faster
+                return
+            if error.errno != errno.EBUSY or system.clock.monotonic() > deadline:
+                raise
+            system.clock.sleep(_POLL_S)
+        else:
+            return
+
+
+def _is_alive(path: Path) -> bool:
+    if not path.exists():
+        return False
+    with _locked(path) as is_mine:
+        return not is_mine
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Hold the lock of a directory; false if another process does. One that is not there is nobody's."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield True
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        yield False
+    else:
+        yield True
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,167 @@
+"""The process that undoes an apply which nobody confirms: `python -P -m orchestrator.watchdog STATE_DIR`.
+
+It belongs to no terminal, HUP, INT and TERM do nothing to it, and it holds nothing of the command that started it. One
+of them is at work on a state directory, for all that waits there; further ones stand behind it. It sleeps until the
+ledger changes or a deadline comes, and ends once nothing waits any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import select
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from orchestrator import app
+from orchestrator.errors import OrchError
+from orchestrator.execute import EXPECTED, Outcome
+from orchestrator.journal import Ledger
+from orchestrator.reports import Talk
+from orchestrator.state import Pending, describe
+from orchestrator.supervise import inotify
+from orchestrator.supervise.inotify import Inotify
+
+LOG = "watchdog.log"
+
+_READY = b"ready"
+_LOCK_WAIT_S = 600.0  # whoever holds the lock for longer is waited for again
+_AGAIN_AFTER_S = 30.0
+_CHANGES = inotify.MODIFIED | inotify.CREATED | inotify.DELETED | inotify.MOVED_IN
+_ANY = (*EXPECTED, sqlite3.Error)
+_TFD_TIMER_ABSTIME = 1  # timerfd_settime(2); TFD_NONBLOCK and TFD_CLOEXEC are O_NONBLOCK and O_CLOEXEC
+_log = logging.getLogger(__name__)
+
+
+def start(state_dir: Path) -> None:
+    """Start one, and come back once it is ready. Raises OrchError if it does not get there."""
+    passed = {name: value for name, value in os.environ.items() if not name.startswith("ORCH_")}
+    with (state_dir / LOG).open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "orchestrator.watchdog", str(state_dir)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            cwd="/",
+            env=passed,
+            start_new_session=True,
+        )
+    assert process.stdout is not None
+    with process.stdout as said:
+        is_ready = said.read(len(_READY)) == _READY
+    process.returncode = 0  # it is meant to outlive us: no warning about a child that was not reaped
+    if not is_ready:
+        raise OrchError("nobody could be started who would undo it", where=f"its log is {state_dir / LOG}")
+
+
+def main(state_dir: Path) -> None:
+    """Be a watchdog: say that we are ready, and look after what waits until nothing does."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _do_nothing)  # not SIG_IGN, which what we start would inherit
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s [%(process)d] %(message)s")
+    talk = Talk(_log_step, _log.warning, lambda _plan, _reason: False, lambda: 0)
+    system = app.kernel_system(state_dir)
+    dog = Watchdog(app.App(system, state_dir, app.boot_id(), talk, wait_s=_LOCK_WAIT_S))
+    dog.run(_say_ready)
+
+
+class Watchdog:
+    """Sleeps until what waits in the ledger of `app` is overdue, and undoes it."""
+
+    def __init__(self, app: app.App) -> None:
+        self._app = app
+        self._clock = app.system.clock
+        self._timer = _Timer()
+        self._changes = Inotify()
+        self._changes.add(str(app.state_dir), _CHANGES)
+        self._known: tuple[Pending, ...] = ()
+
+    def run(self, ready: Callable[[], None]) -> None:
+        with contextlib.closing(self._open()) as ledger, ledger.watched(ready):
+            not_before_s = 0.0
+            while waiting := self._pending():
+                self._sleep(until_s=max(not_before_s, min(one.deadline_s for one in waiting)))
+                if self._clock.boottime() >= not_before_s and self._is_overdue():
+                    self._undo()
+                    not_before_s = self._clock.boottime() + _AGAIN_AFTER_S
+
+    def _undo(self) -> None:
+        """Settling undoes what is overdue; what could not be undone is tried again."""
+        try:
+            with self._app.settled("rollback of what nobody confirmed"):
+                pass
+        except _ANY as error:
+            _log.error("%s", error)
+
+    def _is_overdue(self) -> bool:
+        now_s = self._clock.boottime()
+        return any(one.deadline_s <= now_s for one in self._pending())
+
+    def _pending(self) -> tuple[Pending, ...]:
+        """Nothing, where somebody took the ledger away; what was known, where it cannot be read."""
+        if not (self._app.state_dir / "ledger.sqlite").exists():
+            return ()
+        try:
+            with contextlib.closing(self._open()) as ledger:
+                self._known = ledger.pending()
+        except _ANY as error:
+            _log.error("%s", error)
+        return self._known
+
+    def _open(self) -> Ledger:
+        """For writing: only so a ledger is repaired whose writer was killed."""
+        return Ledger.open(self._app.state_dir, boot_id=self._app.boot_id, create=True)
+
+    def _sleep(self, *, until_s: float) -> None:
+        """Until that moment of the boot clock, or until something is written in the state directory."""
+        self._timer.set(until_s)
+        select.select([self._timer.fileno(), self._changes.fileno()], [], [])
+        self._changes.read()
+
+
+class _Timer:
+    """Readable from a moment of the boot clock on: timerfd_create(2), which Python has from 3.13 on."""
+
+    def __init__(self) -> None:
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._descriptor = self._libc.timerfd_create(time.CLOCK_BOOTTIME, os.O_NONBLOCK | os.O_CLOEXEC)
+        _check(self._descriptor)
+
+    def fileno(self) -> int:
+        return int(self._descriptor)
+
+    def set(self, moment_s: float) -> None:
+        """0 would be never."""
+        seconds, fraction = divmod(max(moment_s, 0.001), 1)
+        setting = (ctypes.c_long * 4)(0, 0, int(seconds), int(fraction * 1e9))
+        _check(self._libc.timerfd_settime(self._descriptor, _TFD_TIMER_ABSTIME, setting, None))
+
+
+def _check(result: int) -> None:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def _say_ready() -> None:
+    os.write(1, _READY)
+    os.dup2(2, 1)  # nobody hears us any more
+
+
+def _log_step(outcome: Outcome) -> None:
+    _log.info("%s: %s", describe(outcome.step), outcome.error or "ok")
+
+
+def _do_nothing(_number: int, _frame: object) -> None:
+    pass
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

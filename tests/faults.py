@@ -1,0 +1,592 @@
+"""A matrix of faults, made from plans: every kind of plan x every call that changes something x what can happen there.
+
+A run is a list of events: modifying calls of the fake kernel, and commits of the ledger. At each event in turn orch is
+killed (a kill after an event is one before the next), or the event fails as it can fail on a real host, once or from
+then on. The laws are those of `Point.try_it`. `python -m tests.faults` tries everything and prints how many points.
+"""
+
+from __future__ import annotations
+
+import collections
+import errno
+import pickle
+import shutil
+import sqlite3
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from orchestrator import confirm
+from orchestrator.errors import HelperProcessError, KernelError, OrchError, RollbackError
+from orchestrator.fake import FakeKernel
+from orchestrator.model import HELPER_PROGRAM, HelperKey, L3Proto, L4Proto, Policy, QueueRow, Registration, Status
+from orchestrator.reports import TeardownReport
+from orchestrator.status import HostStatus
+from tests.hosts import Harness
+
+MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # as /run is: a ledger on a disk is many times slower
+MODULES = {
+    "nf_conntrack_ftp": (("ftp", L4Proto.TCP),),
+    "nf_nat_ftp": (),
+    "nf_conntrack_tftp": (("tftp", L4Proto.UDP),),
+    "nf_nat_tftp": (),
+}
+FOREIGN = Registration(
+    HelperKey("theirs", L3Proto.IP, L4Proto.TCP), 9, Status.ENABLED, (Policy("theirs", 3, 60),), priv_data_len=4
+)
+
+# What each call can answer; all others may lack a privilege, or fail for a reason that nobody foresaw.
+ERRNOS = {
+    "register helper": (errno.EEXIST, errno.EBUSY, errno.ENOMEM, errno.EPERM, errno.EINVAL),
+    "update helper": (errno.ENOENT, errno.EBUSY, errno.EPERM),
+    "unregister helper": (errno.ENOENT, errno.EBUSY, errno.EPERM),
+    "load module": (errno.ENOENT, errno.EPERM),
+    "load rules": (errno.ENOENT, errno.ENOMEM, errno.ENOSPC, errno.EPERM),
+    "flush rules": (errno.ENOMEM, errno.EPERM),
+    "remove rules": (errno.EBUSY, errno.ENOMEM, errno.EPERM),
+}
+OTHERS = (errno.EPERM, errno.EIO)
+COMMIT = "commit"
+STARTS = ("start", "hand over")
+PROGRAMS = ("conntrackd", HELPER_PROGRAM)
+
+
+class Killed(BaseException):
+    """SIGKILL: nothing catches it, and whatever still changes something after it is a mistake of the test."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What goes wrong: `kill`, `missing`, `dies`, `never ready`, `disk full` or an errno; once, or from then on."""
+
+    what: str | int
+    is_lasting: bool = False
+
+    def __str__(self) -> str:
+        name = errno.errorcode[self.what] if isinstance(self.what, int) else self.what
+        return f"{name}, from then on" if self.is_lasting else name
+
+
+KILL = Fault("kill")
+
+
+@dataclass(slots=True)
+class Events:
+    """What one command did, and the faults to come, by the place of their event."""
+
+    kernel: FakeKernel
+    faults: Mapping[int, Fault] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
+    is_dead: bool = False
+
+    def happen(self, operation: str, key: str = "") -> None:
+        if self.is_dead:
+            if operation != COMMIT:
+                raise AssertionError(f"{operation} {key} after SIGKILL")
+            raise Killed
+        self.kernel.dying_programs = self.kernel.deaf_programs = set()
+        place = len(self.names)
+        self.names.append(operation)
+        begun = (fault for n, fault in self.faults.items() if n < place and self.names[n] == operation)
+        fault = self.faults.get(place) or next((fault for fault in begun if fault.is_lasting), None)
+        if fault is not None:
+            self._strike(fault, operation, key)
+
+    def _strike(self, fault: Fault, operation: str, key: str) -> None:
+        match fault.what:
+            case "dies" | "never ready" if operation == "hand over":
+                raise HelperProcessError(f"{key} goes on as it was: its successor ended at once")
+            case "kill":
+                self.is_dead = True
+                raise Killed
+            case "missing":
+                raise FileNotFoundError(errno.ENOENT, "No such file or directory", key)
+            case "dies":
+                self.kernel.dying_programs = set(PROGRAMS)
+            case "never ready":
+                self.kernel.deaf_programs = set(PROGRAMS)
+            case "disk full":
+                raise sqlite3.OperationalError("database or disk is full")
+            case int(number):
+                raise KernelError(operation, key, number)
+
+
+class Connection(sqlite3.Connection):
+    """A connection to a ledger whose commits are events."""
+
+    events: Events | None = None
+
+    def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
+        if sql == "COMMIT" and Connection.events is not None:
+            Connection.events.happen(COMMIT)
+        return super().execute(sql, *parameters)
+
+
+@contextmanager
+def recording(events: Events) -> Iterator[None]:
+    """Commits of every ledger that is opened meanwhile, and modifying calls, happen in `events`."""
+    Connection.events, events.kernel.on_modify = events, events.happen
+    try:
+        with patch.object(sqlite3, "connect", Connection):
+            yield
+    finally:
+        Connection.events, events.kernel.on_modify = None, None
+        events.kernel.dying_programs = events.kernel.deaf_programs = set()
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A host and its ledger, to begin from again and again."""
+
+    kernel: bytes
+    files: Mapping[str, bytes]
+
+    @contextmanager
+    def host(self) -> Iterator[tuple[Harness, FakeKernel]]:
+        kernel: FakeKernel = pickle.loads(self.kernel)
+        with tempfile.TemporaryDirectory(dir=MEMORY) as directory:
+            state = Path(directory) / "state"
+            state.mkdir()
+            for name, content in self.files.items():
+                (state / name).write_bytes(content)
+            yield Harness(kernel.system(), state), kernel
+
+
+def snapshot(orch: Harness, kernel: FakeKernel) -> Snapshot:
+    files = {file.name: file.read_bytes() for file in orch.state_dir.iterdir() if file.is_file()}
+    return Snapshot(pickle.dumps(kernel), files)
+
+
+Knowledge = tuple[object, ...]
+Act = Callable[[Harness, FakeKernel], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What happened in a command, whether it came to its end, and whether it said that it left something."""
+
+    events: tuple[str, ...]
+    is_done: bool
+    is_partial: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """A kind of plan: what was there, what is done to it, and what has already gone wrong while it is done.
+
+    `between` leads from what was there to further states that it may end in, as several profiles are several changes.
+    `is_one_way`: the kernel refuses the state that was there, so it cannot always be brought back; that is said then.
+    `killed_before`: the command was run before, and killed at its event of that place (negative: from its end).
+    `fails_at` is an event of the command that fails, so that it is on its way back when the next fault comes.
+    """
+
+    name: str
+    before: tuple[Act, ...]
+    act: Act
+    is_new: bool = False
+    between: tuple[Act, ...] = ()
+    is_one_way: bool = False
+    killed_before: int | None = None
+    fails_at: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A scenario, ready to be tried: where it begins, what its events are, and the two states that it may end in."""
+
+    scenario: Scenario
+    start: Snapshot
+    given: Mapping[int, Fault]
+    events: tuple[str, ...]
+    new: str
+    known: Mapping[str, list[Knowledge]]
+
+    def points(self) -> Iterator[Point]:
+        first = max(self.given, default=-1) + 1
+        for place in range(first, len(self.events) + 1):
+            yield Point(self, place, KILL)
+            operation = self.events[place] if place < len(self.events) else ""
+            for fault in faults_of(operation):
+                yield Point(self, place, fault)
+
+
+def faults_of(operation: str) -> Iterator[Fault]:
+    if operation == COMMIT:
+        yield from (Fault("disk full"), Fault("disk full", is_lasting=True))
+    elif operation in STARTS:
+        yield from (Fault("missing"), Fault("dies"), Fault("never ready"), Fault(errno.ENOMEM))
+        yield from (Fault("missing", is_lasting=True), Fault("never ready", is_lasting=True))
+    elif operation:
+        numbers = ERRNOS.get(operation, OTHERS)
+        yield from map(Fault, numbers)
+        yield Fault(numbers[-1], is_lasting=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One fault at one event of one case."""
+
+    case: Case
+    place: int
+    fault: Fault
+
+    def __str__(self) -> str:
+        events = self.case.events
+        where = f"{self.place} ({events[self.place]})" if self.place < len(events) else f"{self.place} (the end)"
+        return f"{self.case.scenario.name}: {self.fault} at event {where}"
+
+    def try_it(self) -> None:
+        """Raises AssertionError if a law does not hold.
+
+        Right after the fault nothing is blocked and no rule names a missing helper. Looking changes nothing, and says
+        what is unsettled. Whatever command comes next, the host is then as it was before, or as it should become; and
+        everything can be taken away. What others have is as it was all the time.
+        """
+        start: FakeKernel = pickle.loads(self.case.start.kernel)
+        with self.case.start.host() as (orch, kernel):
+            ran = run(orch, kernel, self.case.scenario.act, {**self.case.given, self.place: self.fault})
+            check(kernel, start)
+            after = snapshot(orch, kernel)
+            is_clean = self._look(orch, kernel, is_partial=ran.is_partial)
+        for follow in self._follows(is_clean=is_clean, is_partial=ran.is_partial):
+            with after.host() as (orch, kernel):
+                follow(orch, kernel)
+                check(kernel, start)
+
+    def _follows(self, *, is_clean: bool, is_partial: bool) -> list[Act]:
+        """What is done next: everything after a kill, else by turns; little where all is as in a run without faults."""
+        follows: list[Act] = (
+            [self._again, self._teardown] if is_partial else [self._settle, self._again, self._teardown]
+        )
+        if self.fault == KILL and not is_clean:
+            return follows
+        return [] if is_clean and self.place % 4 else [follows[self.place % len(follows)]]
+
+    def _look(self, orch: Harness, kernel: FakeKernel, *, is_partial: bool) -> bool:
+        """True if host and ledger are as they were before, or as they should become.
+
+        A teardown may leave something; then status says what, and the ledger knows whose it is.
+        """
+        before, ledger = kernel.dump_text(), orch.state_dir / "ledger.sqlite"
+        content = ledger.read_bytes() if ledger.exists() else b""
+        status = orch.status()
+        assert kernel.dump_text() == before
+        assert (ledger.read_bytes() if ledger.exists() else b"") == content
+        assert status.unsettled or is_partial or state(kernel) in self.case.known, "unsettled, and nobody says so"
+        assert not (is_partial and status.is_right), "something is left, and nobody says so"
+        return knowledge(status) in self.case.known.get(state(kernel), [])
+
+    def _settle(self, orch: Harness, kernel: FakeKernel) -> None:
+        """Any command settles: this one does nothing else."""
+        try:
+            orch.teardown("nobody")
+        except RollbackError:
+            assert self.case.scenario.is_one_way
+            return
+        assert state(kernel) in self.case.known, "neither the old nor the new state"
+        assert knowledge(orch.status()) in self.case.known[state(kernel)], "the ledger says something else"
+
+    def _again(self, orch: Harness, kernel: FakeKernel) -> None:
+        self.case.scenario.act(orch, kernel)
+        assert state(kernel) == self.case.new, "not the new state"
+        assert not any(profile.drift for profile in orch.status().profiles)
+
+    def _teardown(self, orch: Harness, kernel: FakeKernel) -> None:
+        report = orch.teardown(every_netns=True)
+        assert not any(one.leftovers for one in report.reports), "something could not be taken away"
+        rest = [line for line in kernel.dump_text().splitlines() if not line.startswith("module ")]
+        assert sorted(rest) == of_others(kernel), "something is left"
+
+
+def run(orch: Harness, kernel: FakeKernel, act: Act, faults: Mapping[int, Fault]) -> Ran:
+    """Run a command with faults."""
+    events, report = Events(kernel, faults), None
+    with recording(events), suppress(Killed, OrchError):
+        report = act(orch, kernel)
+    leftovers = [one for one in report.reports if one.leftovers] if isinstance(report, TeardownReport) else []
+    return Ran(tuple(events.names), report is not None, bool(leftovers))
+
+
+def check(kernel: FakeKernel, start: FakeKernel) -> None:
+    assert kernel.deaf() == [], "a registration is enabled where nobody listens"
+    assert set(kernel.dangling()) <= set(start.dangling()), "a rule names a helper that is not registered"
+    assert of_others(kernel) == of_others(start), "something of others was touched"
+
+
+def state(kernel: FakeKernel) -> str:
+    """The dump but for loaded modules, which stay by design."""
+    return "\n".join(line for line in kernel.dump_text().splitlines() if not line.startswith("module "))
+
+
+def knowledge(status: HostStatus) -> Knowledge:
+    """What orch knows of the host."""
+    profiles = tuple((str(profile.owner), profile.drift) for profile in status.profiles)
+    return (profiles, status.unknown, status.unsettled)
+
+
+def of_others(kernel: FakeKernel) -> list[str]:
+    """What is on the host of others than orch."""
+    return [line for line in kernel.dump_text().splitlines() if "theirs" in line or line.endswith("queue 9")]
+
+
+def prepare(scenario: Scenario) -> Case:
+    """Run a scenario without the fault that is to come, for its events and its states."""
+    with _new_host(scenario).host() as (orch, kernel):
+        for act in scenario.before:
+            act(orch, kernel)
+        start, old = snapshot(orch, kernel), state(kernel)
+        known = {old: [knowledge(orch.status())]}
+    with start.host() as (orch, kernel):
+        events = run(orch, kernel, scenario.act, {}).events
+        new = state(kernel)
+        known.setdefault(new, []).append(knowledge(orch.status()))
+    for act in scenario.between:
+        with start.host() as (orch, kernel):
+            act(orch, kernel)
+            known.setdefault(state(kernel), []).append(knowledge(orch.status()))
+    if scenario.killed_before is not None:
+        place = range(len(events))[scenario.killed_before]
+        with start.host() as (orch, kernel):
+            run(orch, kernel, scenario.act, {place: KILL})
+            start = snapshot(orch, kernel)
+    given = {}
+    if scenario.fails_at:
+        last = max(n for n, name in enumerate(events) if name == scenario.fails_at)
+        given = {last: Fault(errno.EPERM)}
+    with start.host() as (orch, kernel):
+        events = run(orch, kernel, scenario.act, given).events
+    return Case(scenario, start, given, events, new, known)
+
+
+def _new_host(scenario: Scenario) -> Snapshot:
+    kernel = FakeKernel(modules_available=dict(MODULES), delete_ignores_references=scenario.is_new)
+    kernel.registrations[FOREIGN.key] = FOREIGN
+    for name in ("blue", "red"):
+        kernel.add_netns(name)
+    for space in kernel.namespaces.values():
+        space.queues[FOREIGN.queue_num] = QueueRow(FOREIGN.queue_num, 4711, 0, 0, 0, 0)
+        space.foreign_references.add(FOREIGN.key.name)
+    return Snapshot(pickle.dumps(kernel), {})
+
+
+def apply(text: str, netns: str = "blue") -> Act:
+    return lambda orch, _: orch.apply(text, netns)
+
+
+def teardown(name: str = "", netns: str = "blue", *, every_netns: bool = False) -> Act:
+    return lambda orch, _: orch.teardown(name, None if every_netns else netns, every_netns=every_netns)
+
+
+teardown_all = teardown(every_netns=True)
+
+
+def go_back(orch: Harness, _: FakeKernel) -> None:
+    """Return to what was applied before, unless that is so already: going back twice leads forth again."""
+    if not (orch.status().is_right and orch.diff(profile(ASKING), "blue").plan.is_empty):
+        confirm.roll_back(orch.app("blue"), "p", to=None, ask=False)
+
+
+def forget(orch: Harness, _: FakeKernel) -> None:
+    """The ledger is lost."""
+    shutil.rmtree(orch.state_dir)
+    orch.state_dir.mkdir()
+
+
+def kill_processes(_: Harness, kernel: FakeKernel) -> None:
+    for pid in list(kernel.running_processes):
+        kernel.kill(pid)
+
+
+def lose_supervisors(_: Harness, kernel: FakeKernel) -> None:
+    for pid, (seen, launch) in kernel.running_processes.items():
+        kernel.running_processes[pid] = (replace(seen, watched=False), launch)
+
+
+def change_identity(_: Harness, kernel: FakeKernel) -> None:
+    """Somebody registered ours with another length of private data: only a replace makes it right."""
+    for key, registration in kernel.registrations.items():
+        if key != FOREIGN.key and registration.priv_data_len:
+            kernel.registrations[key] = replace(registration, priv_data_len=registration.priv_data_len - 4)
+
+
+def delete_registrations(_: Harness, kernel: FakeKernel) -> None:
+    for key in [key for key in kernel.registrations if key != FOREIGN.key]:
+        del kernel.registrations[key]
+
+
+def tamper(_: Harness, kernel: FakeKernel) -> None:
+    for space in kernel.namespaces.values():
+        for at in space.rules:
+            space.tampered[at] = "somebody was here"
+
+
+def lose_namespace(_: Harness, kernel: FakeKernel) -> None:
+    """`ip netns del blue`: it lives on while a process runs in it, and its rules with it."""
+    kernel.gone.append(kernel.namespaces.pop("blue"))
+
+
+def profile(*helpers: str, name: str = "p", backend: str = "nftables") -> str:
+    return f"profile: {name}\nbackend: {backend}\nhelpers:\n" + "".join(f"  {helper}\n" for helper in helpers)
+
+
+CONNTRACKD = "ftp: {engine: conntrackd}"
+NATIVE = "ftp: {}"
+ASKING = "ftp: {queueing: registration}"
+IN_KERNEL = "ftp: {engine: kernel}"
+ENGINES = {"conntrackd": CONNTRACKD, "native": NATIVE, "registration": ASKING, "kernel": IN_KERNEL}
+BOTH = (CONNTRACKD, "tftp: {queueing: registration}")
+
+
+def scenarios() -> Iterator[Scenario]:
+    for name, helper in ENGINES.items():
+        for backend in ("nftables", "iptables-nft"):
+            text = profile(helper, backend=backend)
+            yield Scenario(f"first apply, {name}, {backend}", (), apply(text))
+            yield Scenario(f"teardown, {name}, {backend}", (apply(text),), teardown())
+        other = "iptables-nft" if name != "registration" else "iptables-legacy"
+        yield Scenario(f"other backend, {name}", (apply(profile(helper)),), apply(profile(helper, backend=other)))
+    yield from _updates()
+    yield from _engines()
+    yield from _sharing()
+    yield from _drifts()
+    yield from _half_done()
+
+
+def _updates() -> Iterator[Scenario]:
+    changes = {
+        "policies, conntrackd": (CONNTRACKD, "ftp: {engine: conntrackd, policies: {ftp: {expect_max: 9}}}"),
+        "policies, registration": (ASKING, "ftp: {queueing: registration, policies: {ftp: {expect_max: 9}}}"),
+        "policies, native": (NATIVE, "ftp: {policies: {ftp: {expect_max: 9}}}"),
+        "queue, conntrackd": (CONNTRACKD, "ftp: {engine: conntrackd, queue: 77}"),
+        "queue, registration": (ASKING, "ftp: {queueing: registration, queue: 77}"),
+        "queue, native": (NATIVE, "ftp: {queue: 77}"),
+        "process, native": (NATIVE, "ftp: {guard: {source: any}}"),
+        "process, registration": (ASKING, "ftp: {queueing: registration, guard: {source: any}}"),
+        "rules": (ASKING, "ftp: {queueing: registration, attach: [{ports: [21, 2121]}]}"),
+        "name": (ASKING, "ftp: {queueing: registration, name: own}"),
+        "queueing": (NATIVE, ASKING),
+    }
+    for name, (before, after) in changes.items():
+        yield Scenario(f"update of {name}", (apply(profile(before)),), apply(profile(after)))
+    yield Scenario("one more helper", (apply(profile(CONNTRACKD)),), apply(profile(*BOTH)))
+    yield Scenario("one helper less", (apply(profile(*BOTH)),), apply(profile(CONNTRACKD)))
+    other = profile("ftp: {queueing: registration, queue: 77}")
+    yield Scenario("rollback to what was before", (apply(profile(ASKING)), apply(other)), go_back)
+    reconciled = profile(ASKING).replace("helpers:", "reconcile: true\nhelpers:")
+    yield Scenario("drift is to be mended", (apply(profile(ASKING)),), apply(reconciled))
+    yield Scenario("nothing changes", (apply(profile(*BOTH)),), apply(profile(*BOTH)))
+
+
+def _engines() -> Iterator[Scenario]:
+    for before in ENGINES:
+        for after in ENGINES:
+            if before != after and {before, after} != {"conntrackd", "kernel"}:  # these two refuse each other
+                texts = profile(ENGINES[before]), profile(ENGINES[after])
+                yield Scenario(f"engine, {before} to {after}", (apply(texts[0]),), apply(texts[1]))
+
+
+def _sharing() -> Iterator[Scenario]:
+    for name, helper in (("conntrackd", CONNTRACKD), ("registration", ASKING), ("native", NATIVE)):
+        text, shared = profile(helper), (apply(profile(helper)), apply(profile(helper), "red"))
+        yield Scenario(f"shared, second apply, {name}", shared[:1], apply(text, "red"))
+        yield Scenario(f"shared, first teardown, {name}", shared, teardown())
+        yield Scenario(f"shared, teardown of all, {name}", shared, teardown_all, between=(teardown("p"),))
+        yield Scenario(f"shared, own name from now on, {name}", shared, apply(profile(_named(helper))))
+        lost = (shared[0], apply(profile(helper, name="q"), "red"), lose_namespace)
+        one = teardown("p", every_netns=True)
+        yield Scenario(f"shared, teardown where one is gone, {name}", lost, teardown_all, between=(one,))
+    two = (apply(profile(CONNTRACKD, name="one")), apply(profile("tftp: {queueing: registration}", name="two")))
+    yield Scenario("two profiles, teardown of one", two, teardown("one"))
+    yield Scenario("two profiles, teardown of both", two, teardown(), between=(teardown("one"),))
+
+
+def _named(helper: str) -> str:
+    return helper.replace("}", ", name: own}").replace("{, ", "{")
+
+
+def _drifts() -> Iterator[Scenario]:
+    for name, helper in ENGINES.items():
+        text = profile(helper)
+        yield Scenario(f"adopted, {name}", (apply(text), forget), apply(text))
+        yield Scenario(f"teardown without a ledger, {name}", (apply(text), forget), teardown())
+        yield Scenario(f"rules edited, {name}", (apply(text), tamper), apply(text))
+    for is_new in (False, True):
+        for name in ("conntrackd", "registration", "native"):
+            text, kernel = profile(ENGINES[name]), "7.3" if is_new else "6.1"
+            drifts = {
+                "process killed": kill_processes,
+                "supervisor gone": lose_supervisors,
+                "registration replaced": change_identity,
+            } | ({"registration deleted": delete_registrations} if is_new else {})
+            for drift, act in drifts.items():
+                one_way = act is delete_registrations
+                title = f"{drift}, {name}, {kernel}"
+                yield Scenario(title, (apply(text), act), apply(text), is_new, is_one_way=one_way)
+        yield Scenario(f"teardown, {kernel}", (apply(profile(*BOTH)),), teardown(), is_new)
+        yield Scenario(f"one helper less, {kernel}", (apply(profile(*BOTH)),), apply(profile(CONNTRACKD)), is_new)
+
+
+def _half_done() -> Iterator[Scenario]:
+    """A command that fails and is killed on its way back, and one that settles what a killed one left."""
+    first, changed = profile(*BOTH), profile("ftp: {queue: 77}", "tftp: {engine: conntrackd}")
+    for is_new in (False, True):
+        kernel = "7.3" if is_new else "6.1"
+        kinds: dict[str, tuple[tuple[Act, ...], Act]] = {
+            "first apply": ((), apply(first)),
+            "update": ((apply(first),), apply(changed)),
+            "replace": ((apply(first), change_identity), apply(first)),
+        }
+        for name, (before, act) in kinds.items():
+            for place in (-4,) if is_new else (-1, -4, -8):
+                title = f"settling of {name}, killed {-place} events from its end, {kernel}"
+                yield Scenario(title, before, act, is_new, killed_before=place)
+            yield Scenario(f"way back of {name}, {kernel}", before, act, is_new, fails_at="load rules")
+        for place in (-1, -4, -8):
+            title = f"settling of teardown, killed {-place} events from its end, {kernel}"
+            yield Scenario(title, (apply(first),), teardown(), is_new, killed_before=place)
+    text = profile(CONNTRACKD)
+
+    def is_killed(orch: Harness, kernel: FakeKernel) -> None:
+        run(orch, kernel, apply(text), {6: KILL})
+
+    gone, settled = (apply(text, "red"), is_killed, lose_namespace), (teardown("nobody", "red"),)
+    yield Scenario("settling in a namespace that is gone", gone, teardown_all, between=settled)
+
+
+def try_all(cases: list[Scenario], *, every: int = 1) -> tuple[int, list[str]]:
+    """Try every point of these scenarios, or each n-th; returns how many, and what did not hold."""
+    count, failures = 0, []
+    for scenario in cases:
+        for point in list(prepare(scenario).points())[::every]:
+            count += 1
+            try:
+                point.try_it()
+            except (AssertionError, OrchError, OSError, sqlite3.Error) as error:
+                failures.append(f"{point}: {type(error).__name__}: {error}")
+    return count, failures
+
+
+def main() -> int:
+    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    total: collections.Counter[str] = collections.Counter()
+    for scenario in scenarios():
+        if wanted in scenario.name:
+            count, failures = try_all([scenario])
+            print(
+                f"{count:5} points, {len(failures):3} failures: {scenario.name}",
+                *failures[:6],
+                sep="\n      ",
+                flush=True,
+            )
+            total.update(points=count, failures=len(failures), kinds=1)
+    print(f"{total['points']} points of {total['kinds']} kinds of plan, {total['failures']} failures")
+    return 1 if total["failures"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

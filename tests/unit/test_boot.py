@@ -1,0 +1,161 @@
+"""The units that `orch enable` writes: golden files, and what they never overwrite. ORCH_UPDATE_GOLDEN=1 renews them.
+
+Under a real systemd they are in tests/kernel/test_service.py.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator import boot, cli
+from orchestrator.errors import RefusedError, UsageError
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "golden" / "boot"
+SHIPPED = {
+    "orch.service": (
+        "orch@.service",
+        "# One profile as a service: orch@ftp.service applies /etc/orch/ftp.yaml, keeps its processes running, and"
+        " takes it away.\n# To change something: systemctl edit orch@ftp.service\n\n",
+    ),
+    "orch_again.service": ("orch_again@.service", "# Enabled with orch@.service.\n\n"),
+}
+ARGV = ("/usr/bin/orch", "run", "/etc/orch/ftp.yaml")
+CASES = {
+    "host": boot.service("ftp", argv=ARGV, netns="", is_named=False),
+    "blue": boot.service("ftp", argv=(*ARGV, "--netns", "blue"), netns="blue", is_named=True),
+    "of-the-profile": boot.service("ftp", argv=ARGV, netns="/run/docker/netns/4f1c", is_named=False),
+}
+
+
+def check(rendered: dict[str, str], directory: Path) -> None:
+    if os.environ.get("ORCH_UPDATE_GOLDEN"):
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, text in rendered.items():
+            (directory / name).write_text(text)
+    assert rendered == {path.name: path.read_text() for path in directory.iterdir()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_units_are_as_expected(case: str) -> None:
+    check({unit.name: unit.text for unit in boot.documents(CASES[case])}, GOLDEN / case)
+
+
+def test_the_shipped_units_are_the_same_for_any_profile() -> None:
+    for template, (name, heading) in SHIPPED.items():
+        file = ROOT / "contrib" / "systemd" / name
+        text = heading + boot.render(template, boot.SHIPPED)
+        if os.environ.get("ORCH_UPDATE_GOLDEN"):
+            file.write_text(text)
+        assert file.read_text() == text
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_unit_is_ours_until_somebody_changes_it(case: str) -> None:
+    for unit in boot.documents(CASES[case]):
+        assert boot.is_ours(unit.text)
+        assert not boot.is_ours(unit.text + "# mine\n")
+        assert not boot.is_ours(unit.text.partition("\n")[2])
+
+
+def test_names_of_units_tell_profile_and_namespace_apart() -> None:
+    """A profile's name has neither _ nor @."""
+    assert boot.names("ftp", "") == ("orch-ftp.service", "orch-ftp_again.service", "orch-ftp.path")
+    assert boot.names("ftp", "blue") == ("orch-ftp@blue.service", "orch-ftp_again@blue.service", "orch-ftp@blue.path")
+
+
+@pytest.mark.parametrize("netns", ["/proc/7/ns/net", "a b", "a%i", "a\nb"])
+def test_a_namespace_that_cannot_be_waited_for_is_refused(netns: str) -> None:
+    with pytest.raises(UsageError):
+        boot.service("ftp", argv=ARGV, netns=netns, is_named=True)
+
+
+@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), min_size=1), min_size=1))
+def test_a_command_line_is_one_line_that_says_the_same_words(words: list[str]) -> None:
+    command = boot.service("ftp", argv=words, netns="", is_named=False).command
+    assert "\n" not in command
+    assert list(split(command)) == words
+
+
+def split(command: str) -> list[str]:
+    """As systemd.service(5) and systemd.syntax(7) read it, as far as it is used."""
+    words, word, is_quoted, rest = [], "", False, iter(command)
+    for character in rest:
+        if character == "\\" and is_quoted:
+            character = {"n": "\n"}.get(following := next(rest), following)
+        elif character in "%$":
+            assert next(rest) == character
+        elif character == '"':
+            is_quoted = not is_quoted
+            continue
+        elif character == " " and not is_quoted:
+            words.append(word)
+            word = ""
+            continue
+        word += character
+    return [*words, word]
+
+
+@pytest.fixture
+def profile(tmp_path: Path) -> Path:
+    file = tmp_path / "ftp.yaml"
+    file.write_text("profile: ftp\nhelpers: {ftp: {engine: kernel}}\n")
+    return file
+
+
+def test_a_dry_run_prints_the_files(profile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["enable", str(profile), "--netns", "blue", "--dry-run", "--unit-dir", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    for name in boot.names("ftp", "blue"):
+        assert f"# {tmp_path}/{name}\n# Written by orch enable" in printed
+    assert f" run {profile} --netns blue\n" in printed
+    assert sorted(tmp_path.iterdir()) == [profile]
+
+
+def test_what_a_service_does_not_see_is_refused(profile: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert profile.is_relative_to("/tmp")
+    assert cli.run(["enable", str(profile)]) == 1
+    assert f"a service does not see {profile}" in capsys.readouterr().err
+
+
+def test_standard_input_is_no_profile_of_a_boot(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["enable", "-"]) == 64
+    assert "takes a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["[Unit]\n", boot.documents(CASES["host"])[0].text + "# mine\n"])
+def test_what_somebody_wrote_is_neither_overwritten_nor_removed(text: str, tmp_path: Path) -> None:
+    units = boot.documents(CASES["host"])
+    file = tmp_path / units[1].name
+    file.write_text(text)
+    with pytest.raises(RefusedError, match="is not as orch wrote it"):
+        boot.enable(units, tmp_path, is_now=False)
+    with pytest.raises(RefusedError, match="is not as orch wrote it"):
+        boot.disable([unit.name for unit in units], tmp_path, is_now=True)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {file.name: text}
+
+
+def test_what_was_not_enabled_is_not_disabled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "orch-ftp@blue.service").write_text(boot.documents(CASES["blue"])[0].text)
+    assert cli.run(["disable", "ftp", "--unit-dir", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert said.out == "orch-ftp.service was not enabled.\n"
+    assert "orch-ftp@blue.service is enabled: give its namespace with --netns" in said.err
+
+
+def test_systemd_finds_nothing_wrong_with_the_units(tmp_path: Path) -> None:
+    """`systemd-analyze verify` of a host with the programs that the units name."""
+    for unit in boot.documents(replace(CASES["blue"], command="/bin/true")):
+        (tmp_path / unit.name).write_text(unit.text)
+    files = sorted(map(str, tmp_path.iterdir()))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", *files], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,486 @@
+"""Commit-confirm and history on the fake kernel: what is not confirmed is undone, whoever dies, and it is told."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator import confirm
+from orchestrator.confirm import Verdict
+from orchestrator.errors import OrchError, ProfileError, RefusedError, RollbackError, UsageError
+from orchestrator.fake import FakeKernel
+from orchestrator.journal import Ledger
+from orchestrator.reports import Report, Trial
+from orchestrator.serial import from_json, to_json
+from orchestrator.state import Pending
+from orchestrator.views import history as view
+from orchestrator.views import status as status_view
+from orchestrator.views.human import Paint
+from tests.hosts import FTP, Harness, both
+
+WITHIN_S = 60.0
+OTHER = "profile: ftp\nhelpers: {ftp: {engine: conntrackd, queue: 9}, tftp: {engine: conntrackd}}\n"
+BOTH = "profile: ftp\nhelpers: {ftp: {engine: conntrackd}, tftp: {engine: conntrackd}}\n"
+THIRD = "profile: ftp\nhelpers: {tftp: {engine: conntrackd}}\n"
+STATES = (FTP, OTHER, THIRD)
+
+
+class Killed(BaseException):
+    """SIGKILL, as near as a test can come: nobody catches it, and the next command is another process."""
+
+
+@dataclass(slots=True)
+class Guard:
+    """What was so when the watchdog was asked for."""
+
+    orch: Harness
+    kernel: FakeKernel
+    seen: list[tuple[tuple[Pending, ...], int]] = field(default_factory=list)
+
+    def __call__(self) -> None:
+        self.seen.append((pending(self.orch), len(self.kernel.calls)))
+
+
+def try_out(
+    orch: Harness, text: str, *, guard: Callable[[], None] = lambda: None, accepts_loss: bool = False
+) -> Report:
+    desired, target = both(text)
+    return orch.app().apply(desired, target, ask=False, trial=Trial(WITHIN_S, guard, accepts_loss))
+
+
+def ledger_of(orch: Harness) -> Ledger:
+    return Ledger.open(orch.state_dir, boot_id="boot-1", create=False)
+
+
+def pending(orch: Harness) -> tuple[Pending, ...]:
+    with closing(ledger_of(orch)) as ledger:
+        return ledger.pending()
+
+
+def settle(orch: Harness) -> None:
+    """What every command that writes does first."""
+    with orch.app().settled("test"):
+        pass
+
+
+def roll_back(orch: Harness, to: int | None = None) -> confirm.Rollback:
+    return confirm.roll_back(orch.app(), "", to=to, ask=False)
+
+
+def lines(orch: Harness) -> list[str]:
+    return view.text(confirm.history(orch.app(), "")).splitlines()
+
+
+def sources(orch: Harness) -> list[tuple[str, bool]]:
+    """Queue numbers tell the states apart: which command made each line, and whether it is what is applied."""
+    (history,) = confirm.history(orch.app(), "")
+    return [(past.command, number == history.current) for number, past in enumerate(history.past)]
+
+
+# -- an apply on trial -------------------------------------------------------------------------------------------------
+
+
+def test_the_record_and_the_watchdog_are_there_before_the_first_effect(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(FTP)
+    guard, calls = Guard(orch, kernel), len(kernel.calls)
+    kernel.now = 100.0
+    report = try_out(orch, OTHER, guard=guard)
+    (((waiting,), calls_then),) = guard.seen
+    assert calls_then == calls
+    assert waiting.within_s == WITHIN_S
+    assert waiting.deadline_s == pytest.approx(160.0, abs=1)
+    assert waiting.prior is not None
+    assert waiting.prior.target == both(FTP)[1]
+    assert from_json(Pending, to_json(waiting)) == waiting
+    assert report.pending == waiting
+    assert pending(orch) == (waiting,)
+
+
+def test_without_a_watchdog_nothing_is_done(orch: Harness, kernel: FakeKernel) -> None:
+    def fails() -> None:
+        raise OrchError("no room for a process")
+
+    orch.apply(FTP)
+    before, calls = kernel.dump_text(), len(kernel.calls)
+    with pytest.raises(OrchError, match="no room"):
+        try_out(orch, OTHER, guard=fails)
+    assert (kernel.dump_text(), len(kernel.calls), pending(orch)) == (before, calls, ())
+    assert ledger_of(orch).unsettled() == ()
+
+
+def test_what_would_return_to_the_same_waits_for_nobody(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(FTP)
+    assert try_out(orch, FTP).pending is None
+    kernel.namespaces[""].rules.clear()
+    assert try_out(orch, FTP).pending is None
+    assert kernel.namespaces[""].rules
+    assert pending(orch) == ()
+
+
+@pytest.mark.parametrize("before", ["", FTP])
+def test_what_fails_does_not_wait(orch: Harness, kernel: FakeKernel, before: str) -> None:
+    if before:
+        orch.apply(before)
+    dump = kernel.dump_text()
+    kernel.fail_at(3, errno.ENOMEM)
+    with pytest.raises(OrchError):
+        try_out(orch, OTHER)
+    assert (kernel.dump_text(), pending(orch)) == (dump, ())
+
+
+@settings(deadline=None)
+@given(
+    before=st.sampled_from(("", *STATES)), tried=st.sampled_from(STATES), verdict=st.sampled_from(("yes", "no", "late"))
+)
+def test_it_is_as_before_or_as_tried(
+    tmp_path_factory: pytest.TempPathFactory, before: str, tried: str, verdict: str
+) -> None:
+    kernel = FakeKernel()
+    orch = Harness(kernel.system(), tmp_path_factory.mktemp("state"))
+    if before:
+        orch.apply(before)
+    old = kernel.dump_text()
+    report = try_out(orch, tried)
+    new = kernel.dump_text()
+    if report.pending is None:
+        assert before == tried
+        return
+    if verdict == "yes":
+        confirm.confirm(orch.app(), "")
+    elif verdict == "no":
+        assert roll_back(orch).is_verdict
+    else:
+        kernel.now += WITHIN_S
+        settle(orch)
+    assert kernel.dump_text() == (new if verdict == "yes" else old)
+    assert pending(orch) == ()
+    assert [profile.drift for profile in orch.status().profiles] == ([()] if before or verdict == "yes" else [])
+    found = confirm.verdict(orch.app(), report.pending)
+    assert found is (Verdict.CONFIRMED if verdict == "yes" else Verdict.ROLLED_BACK)
+
+
+def killed_at(orch: Harness, kernel: FakeKernel, call: int, act: Callable[[], object]) -> bool:
+    """Whether `act` was killed at its n-th modifying call; it leaves the lock to nobody."""
+    at = len(kernel.calls) + call
+
+    def kill(_operation: str, _key: str) -> None:
+        if len(kernel.calls) > at:
+            raise Killed
+
+    kernel.on_modify = kill
+    try:
+        act()
+    except Killed:
+        return True
+    finally:
+        kernel.on_modify = None
+    return False
+
+
+@pytest.mark.parametrize("before", ["", FTP])
+def test_a_trial_that_is_killed_anywhere_is_undone_and_waits_for_nobody(tmp_path: Path, before: str) -> None:
+    call = 0
+    while True:
+        kernel = FakeKernel()
+        orch = Harness(kernel.system(), tmp_path / str(call))
+        if before:
+            orch.apply(before)
+        dump = kernel.dump_text()
+        if not killed_at(orch, kernel, call, lambda orch=orch: try_out(orch, OTHER)):  # type: ignore[misc]
+            break
+        assert len(pending(orch)) == 1
+        settle(orch)
+        assert (kernel.dump_text(), pending(orch)) == (dump, ())
+        call += 1
+    assert call > 4
+
+
+@pytest.mark.parametrize("before", ["", FTP])
+def test_a_rollback_that_is_killed_anywhere_is_carried_out_at_the_deadline(tmp_path: Path, before: str) -> None:
+    call = 0
+    while True:
+        kernel = FakeKernel()
+        orch = Harness(kernel.system(), tmp_path / str(call))
+        if before:
+            orch.apply(before)
+        dump = kernel.dump_text()
+        try_out(orch, OTHER)
+        kernel.now += WITHIN_S
+        if not killed_at(orch, kernel, call, lambda orch=orch: settle(orch)):  # type: ignore[misc]
+            break
+        assert kernel.deaf() == []
+        settle(orch)
+        assert (kernel.dump_text(), pending(orch)) == (dump, ())
+        call += 1
+    assert call > 4
+
+
+def test_nothing_else_is_applied_or_torn_down_meanwhile(orch: Harness, kernel: FakeKernel) -> None:
+    try_out(orch, FTP)
+    dump = kernel.dump_text()
+    for act in (
+        lambda: orch.apply(OTHER),
+        lambda: orch.apply("profile: other\nhelpers: {tftp: {engine: conntrackd}}\n"),
+        orch.teardown,
+        lambda: roll_back(orch, to=1),
+    ):
+        with pytest.raises(RefusedError):
+            act()
+    assert kernel.dump_text() == dump
+    confirm.confirm(orch.app(), "ftp")
+    orch.apply(OTHER)
+
+
+def test_what_waits_in_a_namespace_that_is_gone_can_be_torn_down(orch: Harness, kernel: FakeKernel) -> None:
+    kernel.add_netns("blue")
+    desired, target = both(FTP)
+    orch.app("blue").apply(desired, target, ask=False, trial=Trial(WITHIN_S, lambda: None))
+    kernel.gone.append(kernel.namespaces.pop("blue"))
+    orch.teardown(every_netns=True)
+    assert (kernel.registrations, pending(orch)) == ({}, ())
+
+
+def test_connections_that_nothing_gives_back_are_refused_unless_accepted(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(OTHER)
+    dump = kernel.dump_text()
+    kernel.namespaces[""].connections["tftp-us"] = 1
+    with pytest.raises(RefusedError, match="cannot be undone") as caught:
+        try_out(orch, FTP)
+    assert "--accept-connection-loss" in caught.value.hint
+    assert (kernel.dump_text(), pending(orch)) == (dump, ())
+    assert try_out(orch, FTP, accepts_loss=True).pending is not None
+    kernel.namespaces[""].connections["ftp-us"] = 1
+    orch.answer = False  # nobody is asked on the way back
+    roll_back(orch)
+    assert kernel.dump_text() == dump
+
+
+def test_what_the_ledger_does_not_know_is_refused(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(FTP)
+    (orch.state_dir / "ledger.sqlite").unlink()
+    with pytest.raises(RefusedError, match="the ledger does not know"):
+        try_out(orch, BOTH)
+    assert pending(orch) == ()
+
+
+def test_what_cannot_be_undone_in_time_is_told_and_tried_again(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(FTP)
+    dump = kernel.dump_text()
+    try_out(orch, OTHER)
+    kernel.now += WITHIN_S
+    assert not orch.status().is_right
+    kernel.fail_at(0, errno.ENOMEM)
+    settle(orch)
+    assert any("it could not be undone" in sentence for sentence in orch.warnings)
+    (waiting,) = pending(orch)
+    kernel.fail_at(0, errno.ENOMEM)
+    kernel.now -= 1
+    with pytest.raises(RollbackError) as caught:
+        roll_back(orch)
+    assert caught.value.leftovers == ("what was applied for profile ftp in netns host and not confirmed",)
+    kernel.now += 1
+    settle(orch)
+    assert kernel.dump_text() == dump
+    assert confirm.verdict(orch.app(), waiting) is Verdict.ROLLED_BACK
+
+
+def test_what_cannot_be_undone_can_be_torn_down(orch: Harness, kernel: FakeKernel) -> None:
+    dump = kernel.dump_text()
+    orch.apply(FTP)
+    try_out(orch, OTHER)
+    kernel.now += WITHIN_S
+    kernel.programs.clear()
+    settle(orch)
+    with pytest.raises(RefusedError, match="waits for its confirmation"):
+        orch.apply(FTP)
+    orch.teardown("ftp")
+    assert (kernel.dump_text(), pending(orch)) == (dump, ())
+
+
+def test_a_confirmation_that_comes_too_late_undoes_it(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(FTP)
+    dump = kernel.dump_text()
+    waiting = try_out(orch, OTHER).pending
+    assert waiting is not None
+    kernel.now += WITHIN_S
+    assert confirm.keep(orch.app(), waiting) is Verdict.ROLLED_BACK
+    with pytest.raises(RefusedError, match="nothing waits"):
+        confirm.confirm(orch.app(), "")
+    assert kernel.dump_text() == dump
+
+
+def test_a_rollback_that_comes_late_goes_back_once(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(FTP)
+    orch.apply(THIRD)
+    dump = kernel.dump_text()
+    try_out(orch, OTHER)
+    kernel.now += WITHIN_S
+    ended = roll_back(orch)
+    assert (ended.report, ended.is_verdict) == (None, True)
+    assert kernel.dump_text() == dump
+
+
+@pytest.mark.parametrize(
+    "left_s, is_watched, told",
+    [
+        (41.5, True, "undone in 41 s, unless confirmed: orch confirm ftp"),
+        (41.5, False, "nobody is there who would undo it then"),
+        (-1.0, True, "not confirmed in time, and not undone yet: orch rollback ftp"),
+    ],
+)
+def test_status_tells_what_waits(
+    orch: Harness, kernel: FakeKernel, *, left_s: float, is_watched: bool, told: str
+) -> None:
+    try_out(orch, FTP)
+    kernel.now += WITHIN_S - left_s
+    with closing(Ledger.open(orch.state_dir, boot_id="boot-1", create=True)) as ledger:
+        watching = ledger.watched(lambda: None)
+        if is_watched:
+            watching.__enter__()
+        status = orch.status()
+        if is_watched:
+            watching.__exit__(None, None, None)
+    assert status.is_right is (left_s > 0 and is_watched)
+    assert told in status_view.text(status, Paint(is_on=False), now_s=0.0)
+
+
+def test_a_new_boot_knows_of_nothing_that_waits(orch: Harness) -> None:
+    try_out(orch, FTP)
+    with closing(Ledger.open(orch.state_dir, boot_id="boot-2", create=True)) as ledger:
+        assert (ledger.pending(), ledger.remembered()) == ((), ())
+
+
+# -- history -----------------------------------------------------------------------------------------------------------
+
+
+def test_back_and_back_again(orch: Harness) -> None:
+    for text in STATES:
+        orch.apply(text)
+    assert sources(orch) == [("apply", True), ("apply", False), ("apply", False)]
+    roll_back(orch)
+    assert orch.diff(STATES[1]).plan.is_empty
+    assert sources(orch) == [("rollback", True), ("apply", False), ("apply", False)]
+    roll_back(orch)
+    assert orch.diff(STATES[2]).plan.is_empty
+    roll_back(orch, to=3)
+    assert orch.diff(STATES[0]).plan.is_empty
+    assert orch.status().profiles[0].drift == ()
+
+
+def test_every_state_is_one_line_and_ten_are_kept(orch: Harness) -> None:
+    texts = [FTP.replace("conntrackd", f"conntrackd, queue: {number}") for number in range(100, 112)]
+    for text in (*texts, texts[-2], texts[-1]):
+        orch.apply(text)
+    (history,) = confirm.history(orch.app(), "ftp")
+    queues = [past.applied.target.registrations[0].queue_num for past in history.past]
+    assert queues == [111, 110, *range(109, 101, -1)]
+    assert history.current == 0
+
+
+def test_what_drifted_and_was_mended_is_no_new_line(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(FTP)
+    orch.apply(OTHER)
+    kernel.namespaces[""].rules.clear()
+    orch.apply(OTHER)
+    assert len(sources(orch)) == 2
+
+
+def test_only_what_was_confirmed_is_history(orch: Harness) -> None:
+    orch.apply(FTP)
+    try_out(orch, OTHER)
+    (history,) = confirm.history(orch.app(), "")
+    assert (len(history.past), history.current, history.is_pending) == (1, None, True)
+    roll_back(orch)
+    assert sources(orch) == [("apply", True)]
+    with pytest.raises(RefusedError, match="nothing else"):
+        roll_back(orch)
+    try_out(orch, OTHER)
+    confirm.confirm(orch.app(), "")
+    assert sources(orch) == [("apply", True), ("apply", False)]
+
+
+def test_a_teardown_can_be_taken_back(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(FTP)
+    dump = kernel.dump_text()
+    orch.teardown()
+    assert sources(orch) == [("apply", False)]
+    ended = roll_back(orch)
+    assert ended.to is not None
+    assert kernel.dump_text() == dump
+
+
+def test_the_history_of_a_namespace_goes_with_it(orch: Harness, kernel: FakeKernel) -> None:
+    kernel.add_netns("blue")
+    orch.apply(FTP, "blue")
+    orch.teardown(netns="blue")
+    orch.apply(FTP)
+    assert len(confirm.history(orch.app(), "")) == 2
+    del kernel.namespaces["blue"]
+    orch.apply(OTHER)
+    assert [str(history.owner) for history in confirm.history(orch.app(), "")] == ["profile ftp in netns host"]
+
+
+def test_which_profile_is_asked_and_lines_that_are_not_there_are_refused(orch: Harness) -> None:
+    with pytest.raises(RefusedError, match="no history"):
+        roll_back(orch)
+    orch.apply(FTP)
+    orch.apply("profile: other\nhelpers: {tftp: {engine: conntrackd}}\n")
+    with pytest.raises(RefusedError, match="which one: profile ftp in netns host, profile other in netns host"):
+        roll_back(orch)
+    with pytest.raises(UsageError, match="no line 2"):
+        confirm.roll_back(orch.app(), "ftp", to=2, ask=False)
+
+
+def test_reading_changes_nothing(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(FTP)
+    try_out(orch, OTHER)
+    kernel.now += 2 * WITHIN_S
+    calls, files = len(kernel.calls), {f.name: f.read_bytes() for f in orch.state_dir.iterdir() if f.is_file()}
+    orch.status()
+    lines(orch)
+    orch.diff(FTP)
+    assert len(kernel.calls) == calls
+    assert {f.name: f.read_bytes() for f in orch.state_dir.iterdir() if f.is_file()} == files
+
+
+def test_the_text_and_the_value_of_a_history(orch: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(view, "say_time", lambda _seconds: "2026-11-22 08:37:43")
+    assert lines(orch) == ["Nothing was applied."]
+    orch.apply(FTP)
+    orch.apply(OTHER)
+    roll_back(orch)
+    assert lines(orch) == [
+        "profile ftp in netns host",
+        "   1  2026-11-22 08:37:43  rollback  test.yaml (ftp)  <- applied now",
+        "   2  2026-11-22 08:37:43  apply     test.yaml (ftp, tftp)",
+    ]
+    (value,) = json.loads(json.dumps(view.value(confirm.history(orch.app(), ""))))
+    assert [(line["number"], line["command"], line["current"], line["helpers"]) for line in value["lines"]] == [
+        (1, "rollback", True, ["ftp"]),
+        (2, "apply", False, ["ftp", "tftp"]),
+    ]
+
+
+# -- the key of the profile --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "seconds, is_good", [("0", True), ("3600", True), ("3601", False), ("-1", False), ("1m", False)]
+)
+def test_the_key_of_the_profile(*, seconds: str, is_good: bool) -> None:
+    text = f"{FTP}confirm_within_s: {seconds}\n"
+    if is_good:
+        desired, target = both(text)
+        assert desired.confirm_within_s == int(seconds)
+        assert target == both(FTP)[1]
+        return
+    with pytest.raises(ProfileError, match="seconds"):
+        both(text)

@@ -1,0 +1,380 @@
+"""Drift on the fake kernel: named by status and diff, mended by apply and by watching, and never fought over."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.app import App
+from orchestrator.drift import Limits, MendReport, Outcome, mend, wait_s
+from orchestrator.fake import FakeKernel
+from orchestrator.model import Backend, HelperKey, L3Proto, L4Proto, QueueRow
+from orchestrator.ports import ProcessState, Supervised
+from orchestrator.reports import PlanRefusedError, Trial
+from orchestrator.state import Mending, Owner, Repair
+from tests.hosts import FTP, Harness, both
+
+OWN = HelperKey("ftp-us", L3Proto.IP, L4Proto.TCP)
+STOCK = HelperKey("ftp", L3Proto.IP, L4Proto.TCP)
+RULES = (Backend.NFTABLES, "ftp")
+TABLE = "inet orch-ftp"
+QUEUE = 36160
+LOAD = f"load rules {TABLE}"
+ENABLE = f"enable helper {OWN}"
+LIMITS = Limits()
+SECONDS = st.floats(0, 300)
+
+
+@pytest.fixture
+def kernel() -> FakeKernel:
+    return FakeKernel(modules_available={"nf_conntrack_ftp": (("ftp", L4Proto.TCP),), "nf_nat_ftp": ()})
+
+
+def pid(kernel: FakeKernel) -> int:
+    (found,) = kernel.running_processes
+    return found
+
+
+def flush_ruleset(kernel: FakeKernel) -> None:
+    kernel.namespaces[""].rules.clear()
+
+
+def empty_table(kernel: FakeKernel) -> None:
+    kernel.namespaces[""].flushed.add(RULES)
+
+
+def edit_table(kernel: FakeKernel) -> None:
+    kernel.namespaces[""].tampered[RULES] = "somebody's"
+
+
+def delete_registration(kernel: FakeKernel) -> None:
+    del kernel.registrations[OWN]
+
+
+def change_registration(kernel: FakeKernel) -> None:
+    kernel.registrations[OWN] = replace(kernel.registrations[OWN], queue_num=9)
+
+
+def take_registration_over(kernel: FakeKernel) -> None:
+    kernel.registrations[OWN] = replace(kernel.registrations[OWN], priv_data_len=8)
+
+
+def load_module(kernel: FakeKernel) -> None:
+    del kernel.registrations[STOCK]
+    kernel.modules_loaded.add("nf_conntrack_ftp")
+
+
+def kill_process(kernel: FakeKernel) -> None:
+    kernel.kill(pid(kernel))
+
+
+def bind_queue(kernel: FakeKernel) -> None:
+    kernel.kill(pid(kernel))
+    kernel.namespaces[""].queues[QUEUE] = QueueRow(QUEUE, 4711, 0, 0, 0, 0)
+
+
+def kill_supervisor(kernel: FakeKernel) -> None:
+    seen, launch = kernel.running_processes[pid(kernel)]
+    kernel.running_processes[seen.pid] = (replace(seen, watched=False), launch)
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One kind of drift: what somebody does, what status says of it, and the steps that mend it."""
+
+    do: Callable[[FakeKernel], None]
+    says: str
+    steps: tuple[str, ...] = ()
+    refusal: str = ""
+
+
+KINDS = {
+    "the ruleset is flushed": Kind(flush_ruleset, f"{TABLE}: missing: 2 rules", (LOAD,)),
+    "our table is emptied": Kind(empty_table, f"{TABLE}: somebody emptied them", (LOAD,)),
+    "our table is edited": Kind(edit_table, f"{TABLE}: somebody changed them", (LOAD,)),
+    "a registration is deleted": Kind(
+        delete_registration,
+        f"{OWN}: missing: queue {QUEUE}; policy ftp: expect_max 1, expect_timeout 300 s",
+        (f"register helper {OWN}", ENABLE, f"remove rules {TABLE}", LOAD),
+    ),
+    "a registration is changed": Kind(change_registration, f"{OWN}: queue 9 -> {QUEUE}", (f"update helper {OWN}",)),
+    "a registration is taken over": Kind(
+        take_registration_over,
+        f"{OWN}: priv_data_len 8 -> 24",
+        (
+            *(f"disable helper {OWN}", f"drain queue {QUEUE}", f"remove rules {TABLE}"),
+            *(f"unregister helper {OWN}", f"register helper {OWN}", ENABLE, LOAD),
+        ),
+    ),
+    "a kernel module has the name": Kind(
+        load_module,
+        f"cannot register helper {STOCK}: the in-kernel helper of that name is loaded",
+        refusal=f"cannot register helper {STOCK}: the in-kernel helper of that name is loaded",
+    ),
+    "a process is killed": Kind(
+        kill_process, f"conntrackd: missing: queue {QUEUE}", ("start conntrackd", "put back registrations", ENABLE)
+    ),
+    "somebody else binds our queue": Kind(
+        bind_queue,
+        f"queue {QUEUE} is held by port id 4711",
+        refusal=f"queue {QUEUE} is held by port id 4711",
+    ),
+    "the supervisor is gone": Kind(kill_supervisor, "conntrackd: its supervisor is gone", ("watch conntrackd",)),
+}
+MENDABLE = {name: kind for name, kind in KINDS.items() if kind.steps}
+
+
+def app(orch: Harness) -> App:
+    """As `orch watch` asks: nobody answers."""
+    made = orch.app()
+    return replace(made, talk=replace(made.talk, confirm=lambda _plan, _reason: False))
+
+
+def owner(orch: Harness) -> Owner:
+    return orch.status().profiles[0].owner
+
+
+def look(orch: Harness, limits: Limits = LIMITS) -> MendReport:
+    return mend(app(orch), owner(orch), limits)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_each_kind_is_named_and_mended_and_nothing_else(orch: Harness, kernel: FakeKernel, name: str) -> None:
+    kind = KINDS[name]
+    orch.apply(FTP)
+    before = kernel.dump_text()
+    kind.do(kernel)
+    assert kind.says in orch.status().profiles[0].drift
+    assert not orch.status().is_right
+    plan = orch.diff(FTP).plan
+    assert plan.changes
+    assert [refusal.what for refusal in plan.refusals] == [kind.refusal] * bool(kind.refusal)
+    orch.steps.clear()
+    if kind.refusal:
+        drifted = kernel.dump_text()
+        with pytest.raises(PlanRefusedError, match=kind.refusal):
+            orch.apply(FTP)
+        assert kernel.dump_text() == drifted
+        return
+    orch.apply(FTP)
+    assert tuple(orch.steps) == kind.steps
+    assert kernel.dump_text() == before
+    assert orch.status().profiles[0].drift == ()
+
+
+@pytest.mark.parametrize("name", MENDABLE)
+def test_watching_mends_each_kind(orch: Harness, kernel: FakeKernel, name: str) -> None:
+    orch.apply(FTP)
+    before = kernel.dump_text()
+    MENDABLE[name].do(kernel)
+    changes = orch.diff(FTP).plan.changes
+    report = look(orch)
+    assert (report.outcome, report.changes) == (Outcome.MENDED, changes)
+    assert kernel.dump_text() == before
+    assert look(orch).outcome is Outcome.RIGHT
+
+
+def test_a_process_that_waits_for_its_restart_while_others_have_its_queue(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(FTP)
+    seen, launch = kernel.running_processes[pid(kernel)]
+    bind_queue(kernel)
+    kernel.running_processes[0] = (replace(seen, pid=0), launch)
+    assert f"queue {QUEUE} is held by port id 4711" in orch.status().profiles[0].drift
+
+
+def test_what_is_right_is_left_alone(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(FTP)
+    calls = len(kernel.calls)
+    assert look(orch) == MendReport(owner(orch), Outcome.RIGHT)
+    assert len(kernel.calls) == calls
+
+
+def test_a_dry_run_says_and_does_nothing(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(FTP)
+    edit_table(kernel)
+    ledger = (orch.state_dir / "ledger.sqlite").read_bytes()
+    report = mend(app(orch), owner(orch), Limits(), is_dry_run=True)
+    assert (report.outcome, [c.subject for c in report.changes]) == (Outcome.DIFFERS, [TABLE])
+    assert (orch.state_dir / "ledger.sqlite").read_bytes() == ledger
+    assert kernel.namespaces[""].tampered
+
+
+def test_a_profile_that_is_gone_is_right(orch: Harness) -> None:
+    orch.apply(FTP)
+    gone = owner(orch)
+    orch.teardown()
+    assert mend(app(orch), gone, Limits()).outcome is Outcome.RIGHT
+
+
+def test_what_cannot_be_mended_is_said_once(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(FTP)
+    bind_queue(kernel)
+    first, second = look(orch), look(orch)
+    assert first.outcome is second.outcome is Outcome.FAILED
+    assert (first.is_news, second.is_news) == (True, False)
+    assert orch.status().profiles[0].mending == f"queue {QUEUE} is held by port id 4711"
+    del kernel.namespaces[""].queues[QUEUE]
+    assert look(orch).outcome is Outcome.MENDED
+    assert orch.status().profiles[0].mending == ""
+
+
+def test_trouble_that_went_away_by_itself_is_forgotten(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(FTP)
+    rows = dict(kernel.registrations)
+    load_module(kernel)
+    assert look(orch).outcome is Outcome.FAILED
+    kernel.modules_loaded.clear()
+    kernel.registrations = rows
+    assert look(orch).outcome is Outcome.RIGHT
+    assert orch.status().profiles[0].mending == ""
+
+
+def test_live_connections_are_not_cut_without_a_person(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(FTP)
+    kernel.namespaces[""].connections["ftp-us"] = 2
+    take_registration_over(kernel)
+    drifted = kernel.dump_text()
+    report = look(orch)
+    assert (report.outcome, report.reason) == (
+        Outcome.FAILED,
+        "2 live connections would lose their helper: orch apply asks first",
+    )
+    assert kernel.dump_text() == drifted
+
+
+@pytest.mark.parametrize("state", [ProcessState.STARTING, ProcessState.BACKOFF, ProcessState.STOPPING])
+def test_a_supervisor_at_work_is_waited_for(orch: Harness, kernel: FakeKernel, state: ProcessState) -> None:
+    orch.apply(FTP)
+    kill_process(kernel)
+    at = ("ftp", owner(orch).netns.identity)
+    kernel.supervised[at] = (Supervised("conntrackd", state, 0, 1, 0.0, "killed by SIGKILL"),)
+    report = look(orch)
+    assert report.outcome is Outcome.WAITING
+    assert report.again_in_s > 0
+    assert not kernel.running_processes
+    kernel.supervised[at] = (Supervised("conntrackd", ProcessState.FATAL, 0, 10, 0.0, "killed by SIGKILL"),)
+    assert look(orch).outcome is Outcome.MENDED
+
+
+def test_it_never_fights(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(FTP)
+    limits = Limits()
+    mended = 0
+    for _ in range(1000):
+        edit_table(kernel)
+        report = look(orch)
+        kernel.now += report.again_in_s or 0.1
+        mended += report.outcome is Outcome.MENDED
+        if report.outcome is Outcome.GIVEN_UP:
+            break
+    assert (report.outcome, report.is_news, mended) == (Outcome.GIVEN_UP, True, limits.repairs)
+    assert f"{TABLE} was mended 5 times within 60 s" in orch.status().profiles[0].mending
+    assert not orch.status().is_right
+    given_up_at = kernel.now
+    assert look(orch) == replace(report, is_news=False)
+    kernel.now = given_up_at + limits.quiet_s
+    assert look(orch).outcome is Outcome.MENDED
+
+
+def test_an_apply_makes_it_mend_again(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(FTP)
+    limits = Limits(repairs=1)
+    for _ in range(2):
+        edit_table(kernel)
+        report = look(orch, limits)
+    assert report.outcome is Outcome.GIVEN_UP
+    orch.apply(FTP)
+    assert orch.status().profiles[0].mending == ""
+    edit_table(kernel)
+    assert look(orch, limits).outcome is Outcome.MENDED
+
+
+def test_a_killed_command_is_settled_by_watching(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(FTP)
+    before = kernel.dump_text()
+    with app(orch).settled("test") as ledger:
+        ledger.begin("apply", owner(orch), ())
+    assert orch.status().unsettled
+    assert look(orch).outcome is Outcome.RIGHT
+    assert not orch.status().unsettled
+    assert kernel.dump_text() == before
+
+
+def test_who_holds_the_lock_is_waited_for(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(FTP)
+    edit_table(kernel)
+    with app(orch).settled("test"):
+        report = look(orch)
+    assert report.outcome is Outcome.WAITING
+    assert report.again_in_s > 0
+    assert look(orch).outcome is Outcome.MENDED
+
+
+@given(events=st.lists(st.tuples(st.sampled_from("abc"), st.floats(0, 30)), max_size=60), repairs=st.integers(1, 8))
+def test_nothing_is_mended_more_often_than_it_may_be(events: list[tuple[str, float]], repairs: int) -> None:
+    limits = Limits(repairs)
+    now_s, mending = 1000.0, Mending()
+    for subject, pause_s in events:
+        now_s += pause_s
+        if wait_s(mending, [subject], now_s, limits) == 0.0:
+            mending = replace(mending, repairs=(*mending.repairs, Repair(subject, now_s)))
+        recent = Counter(r.subject for r in mending.repairs if now_s - r.at < limits.within_s)
+        assert max(recent.values(), default=0) <= repairs
+
+
+@given(ago_s=st.lists(SECONDS, max_size=20), repairs=st.integers(1, 8))
+def test_who_waits_as_long_as_told_may_mend(ago_s: list[float], repairs: int) -> None:
+    limits, now_s = Limits(repairs), 1000.0
+    mending = Mending(tuple(Repair("a", now_s - seconds) for seconds in ago_s))
+    told = wait_s(mending, ["a"], now_s, limits)
+    assert wait_s(mending, ["b"], now_s, limits) == 0.0
+    if told is not None:
+        assert 0.0 <= told <= limits.within_s
+        assert wait_s(mending, ["a"], now_s + told + 1e-6, limits) == 0.0
+
+
+RECONCILED = f"{FTP}reconcile: true\n"
+
+
+def test_reconciling_is_turned_on_and_off_without_a_restart(orch: Harness, kernel: FakeKernel) -> None:
+    empty = kernel.dump_text()
+    orch.apply(FTP)
+    before = kernel.dump_text()
+    orch.steps.clear()
+    orch.apply(RECONCILED)
+    assert orch.steps == ["have drift mended"]
+    assert orch.apply(RECONCILED).plan.is_empty
+    orch.apply(FTP)
+    assert orch.steps == ["have drift mended", "leave drift alone"]
+    assert kernel.dump_text() == before
+    orch.apply(RECONCILED)
+    orch.teardown()
+    assert kernel.dump_text() == empty
+
+
+def test_a_supervisor_that_was_told_otherwise_is_drift(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(RECONCILED)
+    kernel.reconciled.clear()
+    assert orch.status().profiles[0].drift == ("reconcile: false -> true",)
+    assert look(orch).outcome is Outcome.MENDED
+    assert kernel.reconciled
+
+
+def test_a_profile_without_a_supervisor_is_warned_of() -> None:
+    told = both("profile: k\nreconcile: true\nhelpers: {ftp: {engine: kernel}}\n")[0].warnings
+    assert told == ("no helper here has a process, so drift is mended only while orch run or orch watch runs",)
+    assert both(RECONCILED)[0].warnings == both(FTP)[0].warnings
+
+
+def test_a_confirmation_is_waited_for(orch: Harness, kernel: FakeKernel) -> None:
+    desired, target = both(FTP)
+    orch.app().apply(desired, target, ask=False, trial=Trial(60.0, lambda: None))
+    edit_table(kernel)
+    report = look(orch)
+    assert (report.outcome, report.reason) == (Outcome.WAITING, "it has to be confirmed first")
+    assert kernel.namespaces[""].tampered

@@ -1,0 +1,246 @@
+"""`orch watch` and a reconciling supervisor on this machine: rules of a real namespace, changed by somebody else."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.engine import netlink
+from orchestrator.kernel.netns import scratch
+from orchestrator.supervise import watching
+from orchestrator.supervise.glance import glance
+from orchestrator.supervise.watching import Commit, CommitReader, Commits
+
+WITHIN_S = 60
+CONFIG = 0x302  # NFNL_SUBSYS_QUEUE, NFQNL_MSG_CONFIG
+BIND = bytes((1, 0, 0, 0))
+ACKNOWLEDGED = netlink.NLM_F_REQUEST | netlink.NLM_F_ACK
+NEWTABLE, NEWRULE, NEWGEN = 0xA00, 0xA06, 0xA0F
+root = pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("nft", path="/usr/sbin:/sbin:/usr/bin:/bin") is None, reason="needs root and nft"
+)
+PROFILE = """
+profile: ftp
+netns: {netns}
+reconcile: true
+helpers:
+  ftp: {{engine: kernel, attach: {{path: [outgoing]}}}}
+"""
+
+
+def message(kind: int, *attributes: tuple[int, bytes]) -> bytes:
+    body = b"".join(netlink.attribute(number, data) for number, data in attributes)
+    return netlink.message(kind, body, flags=0)
+
+
+def nft(*words: str) -> None:
+    subprocess.run(["nft", *words], check=True, capture_output=True)
+
+
+# -- messages ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_commit_names_its_tables_and_who_made_it() -> None:
+    data = message(NEWTABLE, (1, b"orch-ftp\0")) + message(NEWRULE, (1, b"other\0"), (2, b"chain\0"))
+    end = message(NEWGEN, (1, bytes(4)), (2, (77).to_bytes(4, "big")), (3, b"nft\0"))
+    reader = CommitReader()
+    assert not list(reader.read(data))
+    (commit,) = reader.read(end)
+    assert commit == Commit(frozenset({"orch-ftp", "other"}), 77, "nft")
+    assert commit.touches("ftp")
+    assert not commit.touches("tftp")
+    assert list(reader.read(end)) == [Commit(frozenset(), 77, "nft")]
+
+
+def test_the_table_of_iptables_and_what_was_lost_concern_everybody() -> None:
+    assert Commit(frozenset({"raw"})).touches("ftp")
+    assert Commit(frozenset(), is_lost=True).touches("ftp")
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_read(data: bytes) -> None:
+    for commit in CommitReader().read(data):
+        assert isinstance(commit, Commit)
+
+
+def test_the_holder_of_the_lock_is_known(tmp_path: Path) -> None:
+    assert not watching.is_by_holder(Commit(frozenset(), 7), str(tmp_path))
+    (tmp_path / "lock").write_text("orch apply ftp.yaml (pid 7)")
+    assert watching.is_by_holder(Commit(frozenset(), 7), str(tmp_path))
+    assert not watching.is_by_holder(Commit(frozenset(), 8), str(tmp_path))
+
+
+@root
+def test_a_glance_sees_who_has_a_queue() -> None:
+    with scratch(), contextlib.closing(netlink.open_queue_socket(1 << 16)) as channel:
+        channel.bind((0, 0))
+        before = glance()
+        assert before is not None
+        assert glance() == before
+        channel.send(netlink.message(CONFIG, netlink.attribute(1, BIND), flags=ACKNOWLEDGED, resource=7))
+        assert channel.recv(4096)[16:20] == bytes(4)
+        assert glance() != before
+
+
+@root
+def test_commits_of_the_kernel() -> None:
+    with scratch():
+        commits = Commits()
+        with contextlib.closing(commits):
+            assert commits.read() == []
+            nft("add table inet orch-ftp; add chain inet orch-ftp c; add rule inet orch-ftp c counter")
+            nft("flush", "ruleset")
+            first, second = commits.read()
+    assert first.tables == second.tables == {"orch-ftp"}
+    assert first.program == second.program == "nft"
+    assert first.pid != second.pid
+
+
+# -- orch on a real namespace ------------------------------------------------------------------------------------------
+
+
+def orch(state: Path, *argv: str) -> list[str]:
+    return [sys.executable, "-m", "orchestrator", *argv, "--state-dir", str(state)]
+
+
+@pytest.fixture
+def netns() -> Iterator[str]:
+    name = f"orch-{uuid.uuid4().hex[:8]}"
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    yield name
+    subprocess.run(["ip", "netns", "delete", name], check=True)
+
+
+@pytest.fixture
+def profile(netns: str, tmp_path: Path) -> Path:
+    file = tmp_path / "ftp.yaml"
+    file.write_text(PROFILE.format(netns=netns))
+    return file
+
+
+@dataclass(slots=True)
+class Child:
+    """A command that runs on, whose lines are kept."""
+
+    process: subprocess.Popen[str]
+    lines: queue.Queue[str]
+
+    def line_with(self, word: str) -> str:
+        """The next line with a word in it."""
+        while word not in (line := self.lines.get(timeout=WITHIN_S)):
+            pass
+        return line
+
+    def end(self, number: signal.Signals) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(WITHIN_S)
+
+
+@contextlib.contextmanager
+def started(command: list[str]) -> Iterator[Child]:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        lines: queue.Queue[str] = queue.Queue()
+        reader = threading.Thread(target=_put_all, args=(process.stdout, lines), daemon=True)
+        reader.start()
+        try:
+            yield Child(process, lines)
+        finally:
+            process.kill()
+            process.wait()
+            reader.join()
+
+
+def _put_all(stdout: IO[str], lines: queue.Queue[str]) -> None:
+    for line in stdout:
+        lines.put(line)
+
+
+def inside(netns: str, *words: str) -> str:
+    done = subprocess.run(["ip", "netns", "exec", netns, *words], check=True, capture_output=True, text=True)
+    return done.stdout
+
+
+def run_orch(state: Path, *argv: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(orch(state, *argv), capture_output=True, text=True, check=False)
+    if "does not exist" in done.stderr or "cannot be loaded" in done.stderr:
+        pytest.skip(done.stderr)
+    return done
+
+
+@root
+def test_watch_mends_what_nf_tables_tells_of_says_who_did_it_and_never_fights(netns: str, profile: Path) -> None:
+    state = profile.parent / "state"
+    assert run_orch(state, "apply", str(profile)).returncode == 0
+    table = inside(netns, "nft", "list", "table", "inet", "orch-ftp")
+    with started(orch(state, "watch", "ftp", "--json", "--interval", "600", "--repairs", "2", "-v")) as watch:
+        assert json.loads(watch.line_with('"right"'))["profile"] == "ftp"
+        for change in ("flush ruleset", "flush table inet orch-ftp"):
+            inside(netns, "nft", change)
+            told = json.loads(watch.line_with('"mended"'))
+            assert told["changed_by"].startswith("nft (pid ")
+            assert [one["subject"] for one in told["changes"]] == ["inet orch-ftp"]
+            assert inside(netns, "nft", "list", "table", "inet", "orch-ftp") == table
+        inside(netns, "nft", "add table inet other; add chain inet other c")  # is nobody's concern
+        inside(netns, "nft", "delete table inet orch-ftp")
+        assert "not mended any more" in watch.line_with("ERROR")
+        assert "inet orch-ftp was mended 2 times" in json.loads(watch.line_with('"given up"'))["reason"]
+        status = run_orch(state, "status")
+        assert status.returncode == 2
+        assert "not mended: inet orch-ftp was mended 2 times" in status.stdout
+        assert run_orch(state, "apply", str(profile)).returncode == 0
+        assert inside(netns, "nft", "list", "table", "inet", "orch-ftp") == table
+        inside(netns, "nft", "delete table inet orch-ftp")
+        watch.line_with('"mended"')
+        assert watch.end(signal.SIGTERM) == 0
+    assert run_orch(state, "teardown", "ftp", "--netns", netns).returncode == 0
+
+
+@root
+def test_once_mends_and_a_dry_run_does_not(netns: str, profile: Path) -> None:
+    state = profile.parent / "state"
+    assert run_orch(state, "apply", str(profile)).returncode == 0
+    assert run_orch(state, "watch", "--once").returncode == 0
+    inside(netns, "nft", "flush", "ruleset")
+    dry = run_orch(state, "watch", "--once", "--dry-run")
+    assert (dry.returncode, "inet orch-ftp missing" in dry.stdout) == (2, True)
+    assert not inside(netns, "nft", "list", "ruleset")
+    once = run_orch(state, "watch", "--once")
+    assert (once.returncode, "mended: inet orch-ftp missing" in once.stdout) == (0, True)
+    assert inside(netns, "nft", "list", "table", "inet", "orch-ftp")
+    assert run_orch(state, "teardown", "--all").returncode == 0
+
+
+@root
+def test_a_supervisor_reconciles(netns: str, profile: Path) -> None:
+    state = profile.parent / "state"
+    with started(orch(state, "run", str(profile))) as service:
+        service.line_with("drift is mended from now on")
+        inside(netns, "nft", "flush", "ruleset")
+        assert "nft (pid " in service.line_with("changed rules")
+        service.line_with("mended: inet orch-ftp missing")
+        assert inside(netns, "nft", "list", "table", "inet", "orch-ftp")
+        profile.write_text(PROFILE.format(netns=netns).replace("reconcile: true", "reconcile: false"))
+        service.process.send_signal(signal.SIGHUP)
+        service.line_with("drift is not mended any more")
+        inside(netns, "nft", "flush", "ruleset")
+        status = run_orch(state, "status")
+        assert "drift: inet orch-ftp: missing" in status.stdout
+        assert service.end(signal.SIGTERM) == 0
+    assert not inside(netns, "nft", "list", "ruleset")

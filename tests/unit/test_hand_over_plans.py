@@ -1,0 +1,152 @@
+"""Updates that restart nothing: who takes over from whom, in which order, and what happens when that fails."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import replace
+
+import pytest
+
+from orchestrator import launches
+from orchestrator.errors import KernelError, OrchError
+from orchestrator.fake import FakeKernel
+from orchestrator.model import HelperKey, Status
+from tests.hosts import Harness
+
+QUEUEINGS = ("rules", "registration")
+queueings = pytest.mark.parametrize("queueing", QUEUEINGS)
+FTP = HelperKey.parse("ftp-us/ip/tcp")
+
+
+def profile(queueing: str, options: str = "", *, tftp: str = "queue: 90") -> str:
+    helpers = f"  ftp: {{queueing: {queueing}, {options}}}\n  tftp: {{queueing: {queueing}, {tftp}}}\n"
+    return f"profile: p\nfamilies: ip\nhelpers:\n{helpers}"
+
+
+def applied(orch: Harness, text: str) -> list[str]:
+    orch.steps.clear()
+    orch.apply(text)
+    return orch.steps
+
+
+@queueings
+def test_policies_and_attachments_touch_no_process(orch: Harness, kernel: FakeKernel, queueing: str) -> None:
+    orch.apply(profile(queueing, "queue: 77"))
+    running = dict(kernel.running_processes)
+    steps = applied(orch, profile(queueing, "queue: 77, policies: {ftp: {expect_max: 2, expect_timeout: 60}}"))
+    assert [step for step in steps if "rules" not in step] == ["update helper ftp-us/ip/tcp"]
+    applied(orch, profile(queueing, "queue: 77, attach: {ports: [21, 2121]}"))
+    assert dict(kernel.running_processes).keys() == running.keys()
+
+
+@queueings
+def test_what_a_process_is_told_is_changed_by_a_successor(orch: Harness, kernel: FakeKernel, queueing: str) -> None:
+    orch.apply(profile(queueing, "queue: 77"))
+    steps = applied(orch, profile(queueing, "queue: 77, guard: {ports: 2000-3000}"))
+    assert [step for step in steps if "rules" not in step] == ["hand over to a new ftp"]
+    assert not kernel.deaf()
+
+
+def test_the_program_is_changed_by_a_successor(
+    orch: Harness, kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after an upgrade of orch, also on the way back."""
+    text = profile("rules", "queue: 77")
+    orch.apply(text)
+    queues = set(kernel.namespaces[""].queues)
+    monkeypatch.setattr(launches, "_engine", lambda: "another")
+    changes = orch.diff(text).plan.changes
+    assert {(c.subject, c.reason) for c in changes} == {(name, "its program changes") for name in ("ftp", "tftp")}
+    kernel.fail_at(1, errno.ENOMEM)
+    with pytest.raises(KernelError):
+        orch.apply(text)
+    assert [step for step in orch.steps if step.startswith("(")] == ["(hand over to a new ftp)"]
+    assert set(kernel.namespaces[""].queues) == queues
+    applied(orch, text)
+    assert orch.diff(text).plan.is_empty
+
+
+@pytest.mark.parametrize(
+    "queueing, wanted",
+    [
+        (
+            "rules",
+            [
+                "hand over to a new ftp",
+                "load rules inet orch-p",
+                "drain queue 77, 78",
+                "ftp leaves queue 77, 78",
+            ],
+        ),
+        (
+            "registration",
+            [
+                "hand over to a new ftp",
+                "update helper ftp-us/ip/tcp",
+                "drain queue 77",
+                "ftp leaves queue 77",
+            ],
+        ),
+    ],
+)
+def test_another_queue_is_served_before_anything_comes_to_it(
+    orch: Harness, kernel: FakeKernel, queueing: str, wanted: list[str]
+) -> None:
+    orch.apply(profile(queueing, "queue: 77"))
+    steps = applied(orch, profile(queueing, "queue: 80"))
+    assert [step for step in steps if not (queueing == "rules" and step.startswith("update"))] == wanted
+    assert {n for n in kernel.namespaces[""].queues if n < 90} == ({80, 81} if queueing == "rules" else {80})
+    assert kernel.registrations[FTP].status is (Status.DISABLED if queueing == "rules" else Status.ENABLED)
+    assert orch.diff(profile(queueing, "queue: 80")).plan.is_empty
+
+
+@queueings
+def test_an_update_that_fails_anywhere_leaves_the_queues_as_they_were(
+    orch: Harness, kernel: FakeKernel, queueing: str
+) -> None:
+    orch.apply(profile(queueing, "queue: 77"))
+    before, calls = kernel.dump_text(), 0
+    while True:
+        kernel.fail_at(calls, errno.ENOMEM)
+        try:
+            orch.apply(profile(queueing, "queue: 80"))
+        except KernelError:
+            assert kernel.dump_text() == before, calls
+            assert not kernel.deaf()
+            calls += 1
+            continue
+        break
+    assert calls >= 3
+
+
+@queueings
+def test_a_successor_that_does_not_come_up_changes_nothing(orch: Harness, kernel: FakeKernel, queueing: str) -> None:
+    orch.apply(profile(queueing, "queue: 77"))
+    before = kernel.dump_text()
+    kernel.dying_successors.add("ftp")
+    with pytest.raises(OrchError, match="goes on as it was"):
+        orch.apply(profile(queueing, "queue: 80"))
+    assert kernel.dump_text() == before
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        profile("rules", "queue: 90", tftp="queue: 77"),
+        profile("rules", "queue: 90", tftp="queue: 100"),
+        profile("registration", "queue: 77"),
+    ],
+    ids=["exchanged", "of another one", "another queueing"],
+)
+def test_what_cannot_be_handed_over_is_restarted(orch: Harness, kernel: FakeKernel, after: str) -> None:
+    orch.apply(profile("rules", "queue: 77"))
+    steps = applied(orch, after)
+    assert {"stop ftp", "start ftp"} <= set(steps)
+    assert not kernel.deaf()
+
+
+def test_one_that_nobody_looks_after_is_restarted(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(profile("rules", "queue: 77"))
+    for pid, (seen, launch) in kernel.running_processes.items():
+        kernel.running_processes[pid] = (replace(seen, watched=False, hands_over=False), launch)
+    assert "stop ftp" in applied(orch, profile("rules", "queue: 77, guard: {ports: 2000-3000}"))

@@ -1,0 +1,320 @@
+"""A queue changes hands between processes, on queues of the running kernel in a network namespace of the test's own.
+
+With packets of helped connections, and with queues that are bound and let go of: tests/kernel/test_zero_gap.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from orchestrator.engine import handover
+from orchestrator.engine.api import Bounds, Direction
+from orchestrator.engine.counters import Snapshot, State, read
+from orchestrator.engine.ctnetlink import SequenceAdjustment
+from orchestrator.engine.handover import HandoverError, Peer
+from orchestrator.engine.inspector import Duty, Inspector
+from orchestrator.engine.names import NEXT, handover_socket
+from orchestrator.helpers.ftp import Ftp
+from orchestrator.supervise import filters
+from tests.processes import DOCUMENT, QUEUE
+from tests.processes import NAME as PROCESS_NAME
+from tests.unit.test_loop import CLONE_NEWNET, QUEUE_NUM, WAIT_S, Net, a_net
+
+ROOT = str(Path(__file__).parents[2])
+NAME = "unit"
+
+# Serves a queue that is bound already, given as descriptor and number, or that of its predecessor; tells when, and how
+# it ends.
+SERVE = """
+import os, signal, socket, sys
+sys.path.append(sys.argv[1])
+from orchestrator.engine import ctnetlink, handover, names, netlink
+from orchestrator.engine.api import Bounds
+from orchestrator.engine.counters import Page, State
+from orchestrator.engine.inspector import Duty, Inspector
+from orchestrator.engine.loop import Answers, Loop, stop_on
+from orchestrator.helpers.tftp import Tftp
+is_first, name = len(sys.argv) > 2, "unit"
+predecessor = None if is_first else handover.Peer(names.handover_socket(name))
+queue = socket.socket(fileno=int(sys.argv[2])) if is_first else netlink.open_queue_socket(4096)
+page = Page(f"{name}.stats") if is_first else Page()
+answers = Answers(queue, ctnetlink.Client(netlink.open_control_socket()), page.counters)
+inspector = Inspector(Tftp(), Duty(frozenset({b"tftp"}), Bounds(), by_rules=False), answers)
+loop = Loop(queue, answers, inspector, page, accept_verdict=inspector.plain_verdict)
+stop_on(loop, {signal.SIGTERM})
+door = handover.Door(loop, inspector, page, queue)
+if is_first:
+    loop.queues.add(int(sys.argv[3]))
+    listener = handover.listen(name)
+else:
+    with_queue = {"queue_socket": queue, "page": page, "loop": loop, "inspector": inspector}
+    listener = handover.take_over(predecessor, sorted(loop.queues), **with_queue)
+page.state = State.READY
+page.beat()
+if predecessor:
+    predecessor.done()
+door.open(listener)
+print("ready", *sorted(loop.queues), flush=True)
+loop.run()
+print("left" if loop.has_left else "stopped", flush=True)
+os._exit(0)
+"""
+
+
+class Place:
+    """A runtime directory, and the processes that serve there, one after the other."""
+
+    def __init__(self, net: Net, directory: Path) -> None:
+        self.net = net
+        self.directory = directory
+        self.started: list[subprocess.Popen[str]] = []
+        self.first = self.start(str(net.queue.fileno()), str(QUEUE_NUM))
+
+    def start(self, *given: str) -> subprocess.Popen[str]:
+        """A process, once it serves; without arguments it is a successor."""
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", SERVE, ROOT, *given],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=self.directory,
+            pass_fds=(self.net.queue.fileno(),),
+        )
+        self.started.append(process)
+        assert says(process) == f"ready {QUEUE_NUM}"
+        return process
+
+    def peer(self) -> Peer:
+        return Peer(str(self.directory / handover_socket(NAME)))
+
+    def page(self) -> Snapshot:
+        return read(str(self.directory / f"{NAME}.stats"))
+
+    def passes(self, text: bytes) -> None:
+        self.net.send(text)
+        assert self.net.receive(1) == [text]
+
+
+def says(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    with a_net() as net:
+        place = Place(net, tmp_path)
+        try:
+            yield place
+        finally:
+            for process in place.started:
+                process.kill()
+                process.communicate()
+
+
+@pytest.mark.slow
+def test_every_packet_comes_once_and_in_order_while_five_successors_take_over(place: Place) -> None:
+    is_over = threading.Event()
+    sent: list[bytes] = []
+
+    def send() -> None:
+        while not is_over.is_set():
+            sent.append(b"%d" % len(sent))
+            place.net.send(sent[-1])
+            if len(sent) % 50 == 0:
+                assert place.net.receive(50) == sent[-50:]
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        for _ in range(5):
+            before = place.started[-1]
+            place.start()
+            assert (says(before), before.wait(WAIT_S)) == ("left", 0)
+    finally:
+        is_over.set()
+        sender.join(WAIT_S)
+    rest = len(sent) % 50
+    assert place.net.receive(rest) == sent[len(sent) - rest :]
+    last = place.started[-1]
+    last.terminate()
+    assert says(last) == "stopped"
+    told = place.page()
+    assert (told.pid, told.counters.packets) == (last.pid, len(sent))
+    assert (told.counters.overruns, told.counters.kernel_errors) == (0, 0)
+    assert 0 < told.counters.busy_ns < 10**9 * WAIT_S
+
+
+@pytest.mark.parametrize("until", ["connected", "told", "ready", "gone on"])
+def test_a_successor_that_gives_up_leaves_everything_as_it_was(place: Place, until: str) -> None:
+    place.passes(b"before")
+    peer = place.peer()
+    if until != "connected":
+        left = peer.take([QUEUE_NUM])
+        place.net.send(b"meanwhile")
+        left.listener.close()
+        os.close(left.queue_socket)
+        os.close(left.page)
+        if until == "gone on":
+            peer.begin()
+        if until == "ready":
+            handover._send(peer._channel, handover._READY)
+        peer.close()
+        assert place.net.receive(1) == [b"meanwhile"]
+    peer.close()
+    place.passes(b"after")
+    assert place.page().pid == place.first.pid
+    place.start()
+    place.passes(b"and with the next one")
+    assert says(place.first) == "left"
+
+
+@pytest.mark.slow
+def test_one_that_is_silent_stops_packets_for_two_seconds(place: Place) -> None:
+    peer = place.peer()
+    left = peer.take([QUEUE_NUM])
+    place.net.send(b"meanwhile")
+    assert place.net.receive(1) == [b"meanwhile"]
+    with pytest.raises(HandoverError):
+        peer.begin()
+    assert left.queues == (QUEUE_NUM,)
+
+
+@pytest.mark.slow
+def test_a_predecessor_that_is_gone_or_silent_is_told_of(place: Place) -> None:
+    place.first.send_signal(signal.SIGSTOP)
+    with pytest.raises(HandoverError, match="gone or silent"):
+        place.peer().take([QUEUE_NUM])
+    place.first.kill()
+    place.first.wait(WAIT_S)
+    with pytest.raises(HandoverError, match="nobody is there"):
+        place.peer()
+
+
+def test_one_that_dies_after_it_let_go_is_missed_by_nobody(place: Place) -> None:
+    peer = place.peer()
+    left = peer.take([QUEUE_NUM])
+    peer.begin()
+    place.first.kill()
+    place.first.wait(WAIT_S)
+    peer.done()
+    left.listener.close()
+    place.net.send(b"waits for its successor")
+    with socket.socket(fileno=left.queue_socket) as queue:
+        assert queue.recv(1 << 16).endswith(b"waits for its successor")
+
+
+def test_what_asks_for_nothing_known_changes_nothing(place: Place) -> None:
+    """Nor does a queue that cannot be bound, as on a kernel without NFQA_CT, or one that somebody holds."""
+    for message in (b"", b"\xff\xff\xff\xffx", b"\x02\0\0\0[]", b'\x05\0\0\0{"a"'):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
+            channel.connect(str(place.directory / handover_socket(NAME)))
+            with suppress(BrokenPipeError):
+                channel.send(message)
+    place.passes(b"x")
+    assert place.page().pid == place.first.pid
+
+
+# The real process, on a kernel that may lack NFQA_CT: without the last two attributes of the request to bind a queue.
+PROCESS = """
+import struct, sys
+sys.path.append(sys.argv[1])
+from orchestrator.engine import loading, nfqueue, process
+encode = nfqueue.encode_config
+def encode_without_conntrack(*args, **options):
+    message = encode(*args, **options)[:-16]
+    return struct.pack("=I", len(message)) + message[4:]
+nfqueue.encode_config = encode_without_conntrack
+loading.end_after(lambda: process.main(sys.argv[2]))
+"""
+
+
+def test_whole_processes_hand_over_with_all_that_holds_them(tmp_path: Path) -> None:
+    """Filters of system calls in force, as a user of its own each; the second serves a further queue."""
+    document = f"helper-{PROCESS_NAME}.toml"
+    (tmp_path / document).write_text(DOCUMENT)
+    (tmp_path / f"{document}{NEXT}").write_text(DOCUMENT.replace(f"[{QUEUE}]", f"[{QUEUE}, {QUEUE + 1}]"))
+    filters.write(tmp_path)
+    page = str(tmp_path / f"{PROCESS_NAME}.stats")
+
+    def start(name: str) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen([sys.executable, "-I", "-S", "-c", PROCESS, ROOT, name], cwd=tmp_path)
+        started.append(process)
+        until(lambda: is_ready(page, process.pid))
+        return process
+
+    started: list[subprocess.Popen[bytes]] = []
+    with ThreadPoolExecutor(1) as inside:  # a thread that gives up its namespace
+        try:
+            inside.submit(unshare_net).result()
+            first = inside.submit(start, document).result()
+            second = inside.submit(start, f"{document}{NEXT}").result()
+            assert first.wait(WAIT_S) == 0
+            assert set(inside.submit(queues).result()) == {QUEUE, QUEUE + 1}
+            peer = Peer(str(tmp_path / handover_socket(PROCESS_NAME)))
+            peer.serve([QUEUE + 1, QUEUE + 2])
+            assert set(inside.submit(queues).result()) == {QUEUE + 1, QUEUE + 2}
+            peer.close()
+            assert read(page).counters.denied == 0
+            second.terminate()
+            assert second.wait(WAIT_S) == 0
+        finally:
+            for process in started:
+                process.kill()
+                process.wait()
+
+
+def is_ready(page: str, pid: int) -> bool:
+    try:
+        told = read(page)
+    except (OSError, ValueError):  # not written yet
+        return False
+    return (told.pid, told.state) == (pid, State.READY)
+
+
+def unshare_net() -> None:
+    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNET):
+        pytest.skip("needs root")
+
+
+def queues() -> list[int]:
+    lines = Path("/proc/thread-self/net/netfilter/nfnetlink_queue").read_text().splitlines()
+    return [int(line.split()[0]) for line in lines]
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_what_an_inspector_knows_goes_through_json() -> None:
+    def make() -> Inspector:
+        return Inspector(Ftp(), Duty(frozenset({b"ftp"}), Bounds(), by_rules=True), conntrack=NoConntrack())
+
+    one, other = make(), make()
+    one.written[7] = bytes(range(20))
+    one._adjusted[7, Direction.REPLY] = SequenceAdjustment(1 << 31, -3, 5)
+    one._partials.keep(9, Direction.ORIGINAL, seq=4711, data=b"POR")
+    other.remember(json.loads(json.dumps(one.memory())))
+    assert other.memory() == one.memory()
+    assert other._partials.take(9, Direction.ORIGINAL, seq=4711) == b"POR"
+
+
+class NoConntrack:
+    def request(self, message: bytes) -> int:
+        raise AssertionError(message)

@@ -1,0 +1,245 @@
+"""A supervisor lets a process take over from another, natively: the processes serve nothing, and say when they would.
+
+What hands over queues is in test_handover.py; both together are in tests/kernel/test_zero_gap.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.engine.names import NEXT
+from orchestrator.kernel.netns import find
+from orchestrator.model import HELPER_PROGRAM, Netns, ProcessSpec
+from orchestrator.ports import Launch, ProcessState, Supervised
+from orchestrator.supervise import control, deafness, order
+from orchestrator.supervise.launcher import LocalProcesses
+from tests.processes import PROFILE, local_processes, wait_for
+
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and ip(8)"),
+    pytest.mark.slow,  # real processes, which are waited for
+]
+
+ROOT = str(Path(__file__).parents[2])
+NAME = "one"
+DOCUMENT = "helper-one.toml"
+
+# Says that it is ready; told of a successor's document, once it finds the file `go`, and then it takes over: the first
+# ends as soon as it finds the file `taken`.
+PROGRAM = f"""
+import os, sys, time
+sys.path.append({ROOT!r})
+from orchestrator.engine.counters import Page, State
+def wait(name):
+    while not os.path.exists(name):
+        time.sleep(0.01)
+is_next = sys.argv[-1].endswith({NEXT!r})
+if is_next:
+    wait("go")
+page = Page("{NAME}.stats")
+page.state = State.READY
+page.beat()
+if is_next:
+    open("taken", "w").close()
+    time.sleep(1000)
+wait("taken")
+"""
+
+
+class Place:
+    """A profile with one process, which runs, and documents for its successor."""
+
+    def __init__(self, processes: LocalProcesses, netns: Netns) -> None:
+        self.processes = processes
+        self.netns = netns
+        keeper = ProcessSpec("keeper", ("sleep", "1000"), (), (), ())
+        processes.start(Launch(PROFILE, netns, keeper, {}, "digest"))  # which needs a supervisor
+        self.directory = processes.runtime_dir(PROFILE, netns)
+        self.write("first", "")
+        self.first = int(self.ask("start")["pid"])
+        self.write("second", NEXT)
+
+    def write(self, digest: str, suffix: str, *, program: str = PROGRAM, ready_within_s: int = 20) -> None:
+        spec = ProcessSpec(NAME, (HELPER_PROGRAM, DOCUMENT), (DOCUMENT,), (), (), ready_within_s=ready_within_s)
+        made = self.processes._order(Launch(PROFILE, self.netns, spec, {}, digest))
+        made = replace(made, argv=[sys.executable, "-I", "-S", "-c", program, DOCUMENT], keys=["k"])
+        (self.directory / f"{order.file_name(NAME)}{suffix}").write_bytes(made.encode())
+        (self.directory / f"{DOCUMENT}{suffix}").write_text(digest)
+
+    def ask(self, what: str) -> dict[str, Any]:
+        request = {"do": what, "name": NAME}
+        return control.ask(str(self.directory), request, taken_within_s=20, done_within_s=40)
+
+    def go(self) -> None:
+        (self.directory / "go").touch()
+
+    def seen(self) -> Supervised:
+        return next(one for one in self.processes.supervised(PROFILE, self.netns) if one.name == NAME)
+
+    def in_force(self) -> str:
+        return (self.directory / DOCUMENT).read_text()
+
+    def successor(self) -> int:
+        """The pid of one that has not taken over yet."""
+        found: list[int] = []
+
+        def is_there() -> bool:
+            told = {one.pid for one in self.processes.supervised(PROFILE, self.netns)}
+            found[:] = [pid for pid in pids_of(f"{DOCUMENT}{NEXT}") if pid not in told]
+            return bool(found)
+
+        wait_for(self.processes, is_there)
+        return found[0]
+
+    def is_deaf(self) -> bool:
+        return deafness.Marks(str(self.processes.state_dir), self.directory.name).is_deaf("k")
+
+
+def pids_of(argument: str) -> list[int]:
+    wanted = argument.encode() + b"\0"
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and (entry / "cmdline").read_bytes().endswith(wanted):
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    name = f"orch-{uuid.uuid4().hex[:8]}"
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    try:
+        netns = find(name)
+        with local_processes(tmp_path) as processes:
+            yield Place(processes, netns)
+            processes.cleanup(PROFILE, netns)
+    finally:
+        subprocess.run(["ip", "netns", "delete", name], check=True)
+
+
+class Asked(threading.Thread):
+    """A request whose answer is waited for elsewhere."""
+
+    def __init__(self, ask: Callable[[], dict[str, Any]]) -> None:
+        super().__init__()
+        self.answer: dict[str, Any] = {}
+        self._ask = ask
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.answer = self._ask()
+        except OSError as error:
+            self.answer = {"error": str(error)}
+
+    def done(self) -> dict[str, Any]:
+        self.join(40)
+        return self.answer
+
+
+def test_another_process_is_the_one_and_nothing_was_disabled(place: Place) -> None:
+    place.go()
+    pid = place.ask("succeed")["pid"]
+    after = place.seen()
+    assert (after.pid, after.state, after.restarts) == (pid, ProcessState.RUNNING, 0)
+    assert place.in_force() == "second"
+    assert [p.digest for p in place.processes.running() if p.name == NAME] == ["second"]
+    assert not Path(f"/proc/{place.first}").exists()
+    assert not place.is_deaf()
+    (place.directory / "taken").unlink()
+    os.kill(pid, signal.SIGKILL)
+    wait_for(place.processes, lambda: place.seen().restarts == 1)
+    assert [p.digest for p in place.processes.running() if p.name == NAME] == ["second"]
+
+
+def test_asked_twice_it_is_done_once(place: Place) -> None:
+    asked = [Asked(lambda: place.ask("succeed")) for _ in range(2)]
+    place.successor()
+    place.go()
+    first, second = (one.done() for one in asked)
+    assert first == second == {"pid": place.seen().pid}
+
+
+@pytest.mark.parametrize(
+    "program, why", [("raise SystemExit(3)", "it ended"), ("import time; time.sleep(1000)", "not ready within 1 s")]
+)
+def test_one_that_does_not_take_over_leaves_the_other_at_work(place: Place, program: str, why: str) -> None:
+    place.write("second", NEXT, program=program, ready_within_s=1)
+    assert place.ask("succeed") == {"error": why}
+    assert (place.seen().pid, place.seen().state, place.in_force()) == (place.first, ProcessState.RUNNING, "first")
+    assert not place.is_deaf()
+
+
+def test_a_supervisor_that_is_killed_in_the_middle_is_followed_by_one_that_goes_on(place: Place) -> None:
+    asked = Asked(lambda: place.ask("succeed"))
+    successor = place.successor()
+    (supervisor,) = place.processes.supervisors(PROFILE, place.netns.identity)
+    os.kill(supervisor, signal.SIGKILL)
+    assert "error" in asked.done()
+    spec = ProcessSpec("other", ("sleep", "1000"), (), (), ())
+    place.processes.start(Launch(PROFILE, place.netns, spec, {}, "digest"))
+    assert place.seen().pid == place.first
+    place.go()
+    wait_for(place.processes, lambda: place.seen().pid == successor)
+    assert (place.in_force(), place.is_deaf()) == ("second", False)
+
+
+def test_one_that_took_over_while_nobody_looked_is_adopted(place: Place) -> None:
+    asked = Asked(lambda: place.ask("succeed"))
+    successor = place.successor()
+    (supervisor,) = place.processes.supervisors(PROFILE, place.netns.identity)
+    os.kill(supervisor, signal.SIGKILL)
+    asked.done()
+    place.go()
+    wait_for(place.processes, lambda: place.first not in pids_of(DOCUMENT))
+    spec = ProcessSpec("other", ("sleep", "1000"), (), (), ())
+    place.processes.start(Launch(PROFILE, place.netns, spec, {}, "digest"))
+    wait_for(place.processes, lambda: place.seen().pid == successor)
+    assert (place.in_force(), place.is_deaf(), place.seen().restarts) == ("second", False, 0)
+
+
+def test_where_both_die_the_first_is_started_again(place: Place) -> None:
+    asked = Asked(lambda: place.ask("succeed"))
+    successor = place.successor()
+    os.kill(place.first, signal.SIGKILL)
+    os.kill(successor, signal.SIGKILL)
+    assert "error" in asked.done()
+    wait_for(place.processes, lambda: place.seen().restarts == 1)
+    assert place.in_force() == "first"
+
+
+def test_a_supervisor_of_another_version_is_replaced(place: Place) -> None:
+    """As after an upgrade: what it does not understand, the next one may."""
+    (before,) = place.processes.supervisors(PROFILE, place.netns.identity)
+    answer = place.processes._ask(PROFILE, place.netns, {"do": "what is not known yet"})
+    assert answer == {"error": "not a request", "is_outdated": True}
+    (after,) = place.processes.supervisors(PROFILE, place.netns.identity)
+    assert after != before
+    assert (place.seen().pid, place.is_deaf()) == (place.first, False)
+    file = place.directory / f"{order.file_name(NAME)}{NEXT}"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "further": 1}))
+    assert place.ask("succeed")["is_outdated"]
+
+
+def test_a_stop_ends_both(place: Place) -> None:
+    asked = Asked(lambda: place.ask("succeed"))
+    place.successor()
+    assert place.ask("stop") == {}
+    assert "error" in asked.done()
+    wait_for(place.processes, lambda: not pids_of(DOCUMENT) and not pids_of(f"{DOCUMENT}{NEXT}"))

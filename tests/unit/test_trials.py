@@ -1,0 +1,55 @@
+"""What `orch verify` leaves when it is killed: found by the lock that nobody holds any more."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator.model import HelperKey, L3Proto, L4Proto
+from orchestrator.verify import trials
+
+HOLDING = """
+import sys
+from pathlib import Path
+from orchestrator.verify import trials
+trials.RUNTIME = Path(sys.argv[1])
+with trials.place() as place:
+    print(place.prefix, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(trials, "RUNTIME", tmp_path)
+    return tmp_path
+
+
+def key(name: str) -> HelperKey:
+    return HelperKey(name, L3Proto.IP, L4Proto.TCP)
+
+
+def test_one_that_lives_is_let_be_and_leaves_nothing(runtime: Path) -> None:
+    with trials.place() as place:
+        registered = key(f"{place.prefix}-0")
+        assert trials.is_of_trial(registered)
+        assert [path.name for path in runtime.iterdir()] == [place.state_dir.name]
+        assert trials.abandoned([registered]) == {}
+    assert not list(runtime.iterdir())
+    assert trials.abandoned([registered]) == {place.state_dir.name: (registered,)}
+
+
+def test_one_that_was_killed_is_found(runtime: Path) -> None:
+    argv = [sys.executable, "-c", HOLDING, str(runtime)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        prefix = child.stdout.readline().strip()
+        assert trials.abandoned([key(f"{prefix}-0")]) == {}
+        child.kill()
+    others = [key(name) for name in ("ftp-us", "v1-2", f"{prefix}-x", f"x{prefix}-1")]
+    mine = (key(f"{prefix}-0"), key(f"{prefix}-1"))
+    assert trials.abandoned([*others, *mine]) == {f"orch-verify-{prefix[1:]}": mine}
+    assert not any(map(trials.is_of_trial, others))
