@@ -1,6 +1,6 @@
 """Helper processes that die, hang and keep dying while there is traffic: each is replaced, and nobody waits for that.
 
-ORCH_KILLS is how often a process is killed in each queueing: 4 times make 24 in the suite; `make soak` sets it.
+ORCH_KILLS is how often a process is killed in each queueing, 20 times in the suite; `make soak` sets it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.kernel.conftest import REPORTS
 from tests.kernel.native import QUEUEINGS, Router, ftp_and_tftp, router, until
 from tests.processes import unsupervised
 
-KILLS = int(os.environ.get("ORCH_KILLS", "4"))
+KILLS = int(os.environ.get("ORCH_KILLS", "10"))
 OFTEN = "{restart_limit: 1000, restart_window: 1s}"
 FIGURES = REPORTS.setdefault("supervision: how long nobody inspected", [])
 HELPER_PORT = 7080
