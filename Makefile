@@ -4,7 +4,7 @@ KERNEL ?= 6.1
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab fmt lint type units laws check test test-vm soak vm-shell demo golden manual man fuzz bench wheel clean
+.PHONY: help setup lab fmt lint type units laws check test test-vm soak soak-all vm-shell demo golden manual man fuzz bench wheel clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -59,8 +59,12 @@ manual: setup ## Write docs/man and contrib/completion from the code
 man: lab ## Build the pages for man(1) into dist/man
 	$(PY) -m lab.inside -- $(PY) -m lab.manual --roff dist/man
 
-soak: lab ## Kill helper processes under traffic, KILLS times in each queueing: make soak KILLS=200
-	$(PY) -m lab.vm run --kernel $(KERNEL) --cpus 1 --timeout 7200 -- env ORCH_KILLS=$(or $(KILLS),1000) ORCH_FAULTS=all \
+soak: lab ## Applies, updates, deaths, drift and traffic at random, and what they leave: make soak SECONDS=600 SEED=1
+	$(PY) -m lab.vm run --kernel $(KERNEL) --cpus 1 --timeout 7200 -- env ORCH_SOAK_S=$(or $(SECONDS),600) \
+		ORCH_SOAK_SEED=$(or $(SEED),0) $(PY) -m pytest -q -m kernel tests/kernel/test_soak.py
+
+soak-all: lab ## Kills, updates and faults under traffic, all of them: make soak-all KILLS=500 UPDATES=50
+	$(PY) -m lab.vm run --kernel $(KERNEL) --cpus 1 --timeout 18000 -- env ORCH_KILLS=$(or $(KILLS),500) ORCH_FAULTS=all \
 		ORCH_UPDATES=$(or $(UPDATES),50) $(PY) -m pytest -q -m kernel -k "killed or missed" \
 		tests/kernel/test_supervision.py tests/kernel/test_zero_gap.py tests/kernel/test_faults.py
 

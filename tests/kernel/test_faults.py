@@ -1,7 +1,7 @@
 """orch is killed on the running kernel: the next command undoes or finishes it, and nothing is blocked meanwhile.
 
 All kinds of plan and all other faults are tried on the fake (tests/faults.py). Here it is one call of each kind, for
-which the kernels take turns; ORCH_FAULTS=all (make soak) takes every call, before and after.
+which the kernels take turns; ORCH_FAULTS=all (make soak-all) takes every call, before and after.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Helper processes that die, hang and keep dying while there is traffic: each is replaced, and nobody waits for that.
 
-ORCH_KILLS is how often a process is killed in each queueing, 20 times in the suite; `make soak` sets it.
+ORCH_KILLS is how often a process is killed in each queueing, 20 times in the suite; `make soak-all` sets it.
 """
 
 from __future__ import annotations
