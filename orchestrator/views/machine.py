@@ -12,7 +12,7 @@ from orchestrator.reports import Difference, PlanRefusedError, Report, TeardownR
 from orchestrator.state import Plan, Refusal, describe
 from orchestrator.status import HostStatus, Waiting
 
-SCHEMA = "1.2"
+SCHEMA = "1.3"
 
 
 def step_line(outcome: Outcome) -> str:

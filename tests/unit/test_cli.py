@@ -267,7 +267,7 @@ def test_json_ends_with_a_result_line(orch: Terminal) -> None:
     assert [line["type"] for line in lines] == ["step"] * 6 + ["result"]
     assert lines[-1] | {"report": None} == {
         "type": "result",
-        "schema": "1.2",
+        "schema": "1.3",
         "command": "apply",
         "exit_code": code,
         "report": None,
