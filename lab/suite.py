@@ -20,10 +20,10 @@ from lab.layout import CACHE, REPOSITORY, TURNS_VARIABLE, Kernel
 RESULTS = CACHE / "results"
 HOST = "host"
 AT_ONCE = 2
-GUEST_TIMEOUT_S = 1800
+GUEST_TIMEOUT_S = 3600
 
 # A kernel's tests in parts of about the same length, each for a guest of its own, so that all guests have work to the
-# end. Who is named in no part is in the rest, which is the longest: one kernel alone has the tests with systemd.
+# end. Who is named in no part is in the rest. The tests that only one kernel has are a part of that one alone.
 NAMED_PARTS = {
     "native": (
         "tests/kernel/test_native.py",
@@ -45,11 +45,16 @@ NAMED_PARTS = {
         "tests/kernel/test_zero_gap.py",
     ),
 }
-KERNEL_TESTS = ("tests/kernel", "tests/contract")
-PARTS = {
-    "rest": (*KERNEL_TESTS, *(f"--ignore={file}" for files in NAMED_PARTS.values() for file in files)),
-    **NAMED_PARTS,
+FIRST_KERNEL_PARTS = {
+    "services": (
+        "tests/kernel/test_boot.py",
+        "tests/kernel/test_exporter.py",
+        "tests/kernel/test_service.py",
+    ),
 }
+KERNEL_TESTS = ("tests/kernel", "tests/contract")
+_NAMED_FILES = [file for files in (*FIRST_KERNEL_PARTS.values(), *NAMED_PARTS.values()) for file in files]
+PARTS = {"rest": (*KERNEL_TESTS, *(f"--ignore={file}" for file in _NAMED_FILES)), **NAMED_PARTS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +134,7 @@ def everything() -> list[Result]:
     results: dict[str, list[Result]] = {name: [] for name in (HOST, *Kernel)}
     with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
         jobs = {pool.submit(pure): HOST} | {
-            pool.submit(kernel, key, files, name=f"{key}-{part}", is_live=False): key
-            for part, files in PARTS.items()
-            for key in Kernel
+            pool.submit(kernel, key, files, name=f"{key}-{part}", is_live=False): key for key, part, files in guests()
         }
         for job in concurrent.futures.as_completed(jobs):
             result = job.result()
@@ -139,6 +142,13 @@ def everything() -> list[Result]:
             print((RESULTS / f"{result.name}.log").read_text(errors="replace"), end="", flush=True)
             results[jobs[job]].append(result)
     return [together(name, parts) for name, parts in results.items()]
+
+
+def guests() -> list[tuple[Kernel, str, tuple[str, ...]]]:
+    """The kernel, the part and the arguments of each guest, in the order in which they start."""
+    first, *_ = Kernel
+    alone = [(first, part, files) for part, files in FIRST_KERNEL_PARTS.items()]
+    return [*alone, *((key, part, files) for part, files in PARTS.items() for key in Kernel)]
 
 
 def main() -> int:
