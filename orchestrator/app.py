@@ -341,8 +341,11 @@ class App:
         for sentence in self._drop_warnings(plan, owner):
             self.talk.warn(sentence)
         plan = relaunchable(plan, lambda p: _launch_of(p, observed))
-        tx = ledger.begin("teardown", owner, plan.steps, instead_of=ledger.unsettled(owner))
-        execution = Execution(self.system, ledger, plan, tx, self.talk.step, self.talk.interrupted)
+        half_done = ledger.unsettled(owner)
+        tx = ledger.begin("teardown", owner, plan.steps, instead_of=half_done)
+        # Undone, it would be half-done as before, and nobody would know: so what was begun is finished.
+        interrupted = (lambda: 0) if half_done else self.talk.interrupted
+        execution = Execution(self.system, ledger, plan, tx, self.talk.step, interrupted)
         try:
             leftovers = execution.run_all()
         except RollbackError:
@@ -350,13 +353,22 @@ class App:
         except OrchError:
             _settle_undone(ledger, tx)
             raise
+        # Before the ledger forgets the profile: what a command that is killed here leaves is taken up by the next.
+        leftovers = leftovers or self._clean_up(owner)
         if leftovers:
             if observed.applied is not None:
                 ledger.settle(tx)  # the ledger knows the profile: status shows what is left, and teardown tries again
             return Report(plan, leftovers=leftovers, notes=plan.kept)
         ledger.settle_removed(tx, owner, live=self._live_keys())
-        self.system.processes.cleanup(owner.profile, owner.netns)
         return Report(plan, notes=plan.kept, is_forgotten=plan.is_empty and observed.applied is not None)
+
+    def _clean_up(self, owner: Owner) -> tuple[str, ...]:
+        """End the supervisor, and take its files away; a sentence if that fails."""
+        try:
+            self.system.processes.cleanup(owner.profile, owner.netns)
+        except EXPECTED as error:
+            return (f"clean up after {owner}: {error}",)
+        return ()
 
     def _drop_warnings(self, plan: Plan, owner: Owner) -> tuple[str, ...]:
         """Before 7.3, unregistering a helper makes the kernel drop every packet that waits in any queue of the host."""
@@ -382,11 +394,13 @@ class App:
     def roll_back(self, ledger: Ledger, pending: Pending) -> Report:
         """Make true again what was before an apply that nobody confirmed; nobody is asked, and no signal stops it.
 
-        Under the lock, with nothing unsettled.
+        Under the lock, with nothing unsettled. Where the name of the namespace is gone nothing is to return there.
         """
         willing = replace(self, talk=replace(self.talk, confirm=lambda _plan, _reason: True, interrupted=lambda: 0))
-        if pending.prior is None:
-            return willing._teardown_one(ledger, self._reachable(ledger, pending.owner), None)
+        netns = pending.owner.netns
+        is_gone = netns.path != "" and not Observer(self.system, ledger).is_there(netns)
+        if pending.prior is None or is_gone:
+            return willing._teardown_one(ledger, self._reachable(ledger, pending.owner))
         return willing.establish(ledger, pending.prior.wanted, ask=False, is_rollback=True)
 
     def _roll_back_overdue(self, ledger: Ledger, is_forgiven: Callable[[Owner], bool]) -> None:
@@ -406,7 +420,7 @@ class App:
 
     def refuse_while_pending(self, ledger: Ledger, is_forgiven: Callable[[Owner], bool] = lambda _: False) -> None:
         """What is done meanwhile might stand in the way back; what should have been undone by now may be forgiven."""
-        for pending in ledger.pending():
+        for pending in ledger.waiting():
             if self.system.clock.boottime() >= pending.deadline_s and is_forgiven(pending.owner):
                 continue
             name = pending.owner.profile
@@ -509,8 +523,9 @@ class App:
             for owner in ledger.owners():
                 if owner.netns.identity != netns.identity:
                     continue
+                for sentence in self._clean_up(owner):
+                    self.talk.warn(sentence)
                 ledger.settle_removed(None, owner, live=self._live_keys())
-                self.system.processes.cleanup(owner.profile, owner.netns)
                 self.talk.warn(f"netns {owner.netns} is gone, and profile {owner.profile} with it")
 
     def _forget_history(self, ledger: Ledger) -> None:

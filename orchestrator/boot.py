@@ -25,6 +25,7 @@ LOADERS = ("nftables.service", "firewalld.service", "netfilter-persistent.servic
 UNSEEN = tuple(map(Path, ("/home", "/root", "/run/user", "/tmp", "/var/tmp")))
 """What the unit does not see (ProtectHome=, PrivateTmp=)."""
 
+_EXPORTER = "orch-exporter.service"
 _NAMES = Path("/run/netns")
 _MARK = re.compile(r"# Written by orch enable, to be changed by systemctl edit alone; digest ([0-9a-f]{16})\n")
 _PLAIN = re.compile(r"[A-Za-z0-9_./:@+,=-]+")
@@ -69,7 +70,7 @@ def names(profile: str, netns: str) -> tuple[str, str, str]:
 def service(profile: str, *, argv: Sequence[str], netns: str, is_named: bool) -> Service:
     """The service of a profile in a namespace, by name or path; `is_named` has it in the names of the units too.
 
-    Raises UsageError for a namespace that no boot will bring back under that name.
+    Raises UsageError for a namespace that no boot will bring back under that name, and for a name that is taken.
     """
     path = str(_NAMES / netns) if netns and "/" not in netns else netns
     label = Path(path).name
@@ -78,6 +79,8 @@ def service(profile: str, *, argv: Sequence[str], netns: str, is_named: bool) ->
     if label and not _OF_A_UNIT_NAME.fullmatch(label):
         raise UsageError(f"namespace {label!r} cannot be part of a unit's name", hint="letters, digits and _.:- can")
     runs, again, waits = names(profile, label if is_named else "")
+    if runs == _EXPORTER:
+        raise UsageError(f"{runs} is that of orch exporter", hint="rename the profile")
     return Service(
         title=f"{profile}, netns {label}" if label else profile,
         command=" ".join(map(_word, argv)),

@@ -149,7 +149,7 @@ def _verdict(ledger: Ledger, pending: Pending) -> Verdict:
     if any(one.owner == pending.owner and one.deadline_s == pending.deadline_s for one in ledger.pending()):
         return Verdict.WAITING
     applied, prior = ledger.find(pending.owner), pending.prior
-    is_as_before = applied is None if prior is None else applied is not None and applied.target == prior.target
+    is_as_before = applied is None or (prior is not None and applied.target == prior.target)
     return Verdict.ROLLED_BACK if is_as_before else Verdict.CONFIRMED
 
 

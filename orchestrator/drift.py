@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from orchestrator.app import App
-from orchestrator.errors import OrchError, RefusedError
+from orchestrator.errors import Interrupted, OrchError, RefusedError
 from orchestrator.execute import EXPECTED
 from orchestrator.journal import Ledger
 from orchestrator.ports import ProcessState
@@ -76,7 +76,8 @@ def wait_s(mending: Mending, subjects: Iterable[str], now_s: float, limits: Limi
 def mend(app: App, owner: Owner, limits: Limits, *, is_dry_run: bool = False) -> MendReport:
     """Make one profile as it was applied, if it is not. Who is at work is waited for, and so is a confirmation.
 
-    Nothing is done that cuts live connections, which only a person may want. Never raises what orch expects to happen.
+    Nothing is done that cuts live connections, which only a person may want. Of what orch expects to happen it raises
+    Interrupted alone.
     """
     try:
         with app.reading() as ledger:
@@ -85,6 +86,8 @@ def mend(app: App, owner: Owner, limits: Limits, *, is_dry_run: bool = False) ->
             return report
         with app.settled(f"watch {owner.profile}") as ledger:
             return _mend(app, ledger, owner, limits)
+    except Interrupted:
+        raise
     except RefusedError as error:  # another orch is at work for longer than we waited
         return MendReport(owner, Outcome.WAITING, reason=_say(error), again_in_s=_AGAIN_S)
     except EXPECTED as error:
@@ -159,6 +162,8 @@ def _establish(app: App, ledger: Ledger, applied: Applied) -> str:
     """Make it true again; why it is not, if it is not."""
     try:
         report = app.establish(ledger, applied.wanted, ask=False)
+    except Interrupted:
+        raise
     except EXPECTED as error:
         return _say(error)
     cut = report.plan.cut

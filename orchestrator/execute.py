@@ -200,6 +200,7 @@ def lead_back(
             continue
         if reason := hazards.forbid(back):
             leftovers.append(f"{describe(back)}: not tried, as {reason}")
+            hazards.note(back)
             continue
         try:
             _timed(back, system, netns, report, is_undo=True)
@@ -219,7 +220,7 @@ def _timed(
     start = system.clock.monotonic()
 
     def tell(error: str) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             report(Outcome(step, system.clock.monotonic() - start, error, is_undo))
 
     try:
@@ -336,8 +337,12 @@ def _running(system: System, netns: Netns, profile: str, name: str) -> list[Proc
 
 
 def _succeed(system: System, netns: Netns, before: Launch | None, after: Launch, *, is_undo: bool) -> None:
-    """Hand over; on the way back to one that serves no queue but its own, and that is started if none runs."""
-    if is_undo and not any(p.hands_over for p in _running(system, netns, after.profile, after.spec.name)):
+    """Hand over; on the way back to one that serves no queue but its own, and that is started if none runs.
+
+    Then it may have lost its supervisor: to hand over starts another.
+    """
+    seen = _running(system, netns, after.profile, after.spec.name) if is_undo else []
+    if is_undo and not any(p.pid and (p.hands_over or p.digest != after.digest) for p in seen):
         _start(system, netns, after, is_undo=True)
         return
     system.processes.succeed(after)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -61,11 +62,15 @@ _TARGET = re.compile(r"-p (tcp|udp)\b.*--helper (\S+)")
 
 @dataclass(slots=True)
 class FakeNetns:
-    """One namespace: its rules by (backend, profile), bound queues by number, and what the tests put in."""
+    """One namespace: its rules by (backend, profile), bound queues by number, and what the tests put in.
+
+    `bound` says which registration of a name the rules found when they were loaded, by how often it had been made.
+    """
 
     netns: Netns
     rules: dict[tuple[Backend, str], Rules] = field(default_factory=dict)
     flushed: set[tuple[Backend, str]] = field(default_factory=set)
+    bound: dict[tuple[Backend, str], dict[HelperKey, int]] = field(default_factory=dict)
     tampered: dict[tuple[Backend, str], str] = field(default_factory=dict)
     queues: dict[int, QueueRow] = field(default_factory=dict)
     foreign_references: set[str] = field(default_factory=set)
@@ -102,6 +107,7 @@ class FakeKernel:
     probe_answers: dict[str, str] = field(default_factory=dict)
     has_cthelper: bool = True
     registrations: dict[HelperKey, Registration] = field(default_factory=dict)
+    times_made: Counter[HelperKey] = field(default_factory=Counter)
     namespaces: dict[str, FakeNetns] = field(default_factory=dict)
     gone: list[FakeNetns] = field(default_factory=list)
     modules_loaded: set[str] = field(default_factory=set)
@@ -180,6 +186,16 @@ class FakeKernel:
             if at not in space.flushed
             for key in references(rules)
             if key not in self.registrations and not self.is_taken_by_kernel(key)
+        ]
+
+    def dead(self) -> list[HelperKey]:
+        """Helpers that rules of a namespace go on attaching although another one has their name by now."""
+        return [
+            key
+            for space in self._spaces()
+            for at in space.rules
+            for key, made in space.bound.get(at, {}).items()
+            if key in self.registrations and made != self.times_made[key]
         ]
 
     def dump_text(self) -> str:
@@ -272,6 +288,7 @@ class FakeRegistry:
         if self.kernel.is_taken_by_kernel(key):
             raise KernelError("register helper", str(key), errno.EBUSY)
         self.kernel.registrations[key] = registration
+        self.kernel.times_made[key] += 1
 
     def update(self, registration: Registration) -> None:
         key = registration.key
@@ -303,6 +320,9 @@ class FakeRules:
             if key not in self.kernel.registrations and not self.kernel.is_taken_by_kernel(key):
                 raise KernelError("load rules", rules.profile, errno.ENOENT)
         space, at = self.kernel.at(netns), (self.backend, rules.profile)
+        # A table that is replaced in place keeps its helper objects, and what those found.
+        kept = space.bound.get(at, {}) if at in space.rules and self.backend.is_nftables else {}
+        space.bound[at] = {key: kept.get(key, self.kernel.times_made[key]) for key in references(rules)}
         space.rules[at] = rules
         space.flushed.discard(at)
         space.tampered.pop(at, None)
@@ -543,6 +563,7 @@ class FakeProcesses:
         (self.kernel.reconciled.add if is_on else self.kernel.reconciled.discard)((profile, netns.identity))
 
     def cleanup(self, profile: str, netns: Netns) -> None:
+        self.kernel.modify("clean up", profile)
         self.kernel.reconciled.discard((profile, netns.identity))
 
 

@@ -19,10 +19,11 @@ from orchestrator.errors import Interrupted, OrchError, RefusedError
 from orchestrator.model import HelperKey, Netns, Registration
 from orchestrator.ports import Clock
 from orchestrator.serial import from_json, to_json
-from orchestrator.state import Applied, Mending, Owner, Past, Pending, Step, Unsettled
+from orchestrator.state import Applied, CreateRegistration, Mending, Owner, Past, Pending, Step, Unsettled
 
 _PATIENCE_S = 1.0
 _LOOK_S = 0.1  # those who only look hold the lock for an instant; that makes nobody wait who would not
+_PRIVATE = 0o600  # who can read a file can lock it: anybody could stop every orch, or pass for a watchdog
 _SCHEMA = 2
 _TABLES = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -30,6 +31,8 @@ CREATE TABLE IF NOT EXISTS applied (
     profile TEXT NOT NULL, netns TEXT NOT NULL, owner TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (profile, netns));
 CREATE TABLE IF NOT EXISTS registration (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS use (
+    key TEXT NOT NULL, profile TEXT NOT NULL, netns TEXT NOT NULL, PRIMARY KEY (key, profile, netns));
+CREATE TABLE IF NOT EXISTS stale (
     key TEXT NOT NULL, profile TEXT NOT NULL, netns TEXT NOT NULL, PRIMARY KEY (key, profile, netns));
 CREATE TABLE IF NOT EXISTS mending (
     profile TEXT NOT NULL, netns TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (profile, netns));
@@ -46,7 +49,10 @@ CREATE TABLE IF NOT EXISTS history (
     id INTEGER PRIMARY KEY, profile TEXT NOT NULL, netns TEXT NOT NULL, owner TEXT NOT NULL, command TEXT NOT NULL,
     target TEXT NOT NULL, value TEXT NOT NULL, UNIQUE (profile, netns, target));
 """
-_CONTENTS = ("applied", "registration", "use", "mending", "namespace", "pending", "transaction_", "step", "history")
+_CONTENTS = (
+    *("applied", "registration", "use", "stale", "mending", "namespace", "pending", "transaction_", "step", "history"),
+)
+_OTHER_USERS = "SELECT key, profile, netns FROM use WHERE key = ? AND NOT (profile = ? AND netns = ?)"
 _KEPT = 10  # lines of history for each profile in each namespace
 
 
@@ -69,7 +75,8 @@ class Ledger:
             return cls(directory, _open_to_read(file, boot_id))
         try:
             directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-            (directory / "lock").touch()
+            for each in (directory / "lock", file):
+                each.touch(mode=_PRIVATE)
             return cls(directory, _open_to_write(file, boot_id))
         except OSError as error:
             raise OrchError(
@@ -122,6 +129,12 @@ class Ledger:
                 result[parsed] = (*result.get(parsed, ()), owner)
         return result
 
+    def stale(self, owner: Owner) -> frozenset[HelperKey]:
+        """Registrations that somebody else made anew: rules that were loaded before may go on attaching the old one."""
+        at = (owner.profile, owner.netns.identity)
+        rows = self._db.execute("SELECT key FROM stale WHERE profile = ? AND netns = ?", at).fetchall()
+        return frozenset(HelperKey.parse(key) for (key,) in rows)
+
     def cookie(self, netns: Netns) -> int:
         """What told a namespace from any other when something was applied there last; 0 if unknown."""
         row = self._db.execute("SELECT cookie FROM namespace WHERE identity = ?", (netns.identity,)).fetchone()
@@ -153,6 +166,11 @@ class Ledger:
     def pending(self) -> tuple[Pending, ...]:
         """Every apply that waits for its confirmation, or is still under way or was killed before it could wait."""
         rows = self._db.execute("SELECT value FROM pending ORDER BY netns, profile").fetchall()
+        return tuple(from_json(Pending, value) for (value,) in rows)
+
+    def waiting(self) -> tuple[Pending, ...]:
+        """Every apply that is done, and waits for its confirmation."""
+        rows = self._db.execute("SELECT value FROM pending WHERE tx IS NULL ORDER BY netns, profile").fetchall()
         return tuple(from_json(Pending, value) for (value,) in rows)
 
     def history(self, owner: Owner) -> tuple[Past, ...]:
@@ -200,8 +218,12 @@ class Ledger:
             tx = int(cursor.lastrowid or 0)
             rows = [(tx, sequence, to_json(step)) for sequence, step in enumerate(steps)]
             self._db.executemany("INSERT INTO step VALUES (?, ?, 'planned', ?)", rows)
+            made = [(str(step.registration.key), *at) for step in steps if isinstance(step, CreateRegistration)]
+            if self._db.executemany(f"INSERT OR IGNORE INTO stale {_OTHER_USERS}", made).rowcount > 0:
+                (self.directory / "remade").touch(mode=_PRIVATE)  # their supervisors see that at a glance
             if pending is not None:
-                self._db.execute("INSERT INTO pending VALUES (?, ?, ?, ?)", (*at, tx, to_json(pending)))
+                # Instead of that of one which was killed and could not be undone.
+                self._db.execute("INSERT OR REPLACE INTO pending VALUES (?, ?, ?, ?)", (*at, tx, to_json(pending)))
         return tx
 
     def intend(self, tx: int, sequence: int) -> None:
@@ -254,7 +276,8 @@ class Ledger:
             if is_rollback:
                 self._db.execute("DELETE FROM pending WHERE profile = ? AND netns = ?", at)
             self._db.execute("INSERT OR REPLACE INTO applied VALUES (?, ?, ?, ?)", (*at, to_json(owner), value))
-            self._db.execute("DELETE FROM use WHERE profile = ? AND netns = ?", at)
+            for table in ("use", "stale"):
+                self._db.execute(f"DELETE FROM {table} WHERE profile = ? AND netns = ?", at)
             self._db.executemany("INSERT INTO use VALUES (?, ?, ?)", [(str(key), *at) for key in sorted(mine)])
             self._db.executemany(
                 "INSERT OR REPLACE INTO registration VALUES (?, ?)",
@@ -282,7 +305,7 @@ class Ledger:
         with _write(self._db):
             if tx is not None:
                 self._db.execute("DELETE FROM transaction_ WHERE id = ?", (tx,))
-            for table in ("applied", "use", "mending", "pending", *(("history",) if tx is None else ())):
+            for table in ("applied", "use", "stale", "mending", "pending", *(("history",) if tx is None else ())):
                 self._db.execute(f"DELETE FROM {table} WHERE profile = ? AND netns = ?", at)
             self._forget_namespaces()
             self._forget_unused(live)
@@ -350,14 +373,14 @@ class Ledger:
         process is none.
         """
         file = self.directory / "lock"
-        with file.open("a+") as handle:
+        with file.open("a+", encoding="utf-8", errors="backslashreplace") as handle:
             start = clock.monotonic()
             has_said = False
             while not _try_lock(handle.fileno(), fcntl.LOCK_EX):
                 if number := interrupted():
                     raise Interrupted(number)
                 waited_s = clock.monotonic() - start
-                holder = file.read_text().strip() or "another orch"
+                holder = file.read_text(encoding="utf-8", errors="replace").strip() or "another orch"
                 if waited_s >= max(wait_s, _LOOK_S):
                     raise RefusedError(f"busy: {holder} holds the lock of this host", hint="try again, or use --wait")
                 if waited_s >= _PATIENCE_S and not has_said:
@@ -379,7 +402,9 @@ class Ledger:
     @contextlib.contextmanager
     def watched(self, ready: Callable[[], None]) -> Iterator[None]:
         """Be the one who undoes what nobody confirms; waits for as long as somebody else is, which is `ready` too."""
-        with (self.directory / "watchdog").open("a+") as handle:
+        file = self.directory / "watchdog"
+        file.touch(mode=_PRIVATE)
+        with file.open("a+") as handle:
             is_first = _try_lock(handle.fileno(), fcntl.LOCK_EX)
             ready()
             if not is_first:
@@ -424,6 +449,8 @@ def _open_to_write(file: Path, boot_id: str) -> sqlite3.Connection:
     db.executescript(_TABLES)
     if _origin(db) != (boot_id, _SCHEMA):
         with _write(db):
+            if _origin(db) == (boot_id, _SCHEMA):
+                return db  # another one that starts at boot was quicker: what is there is its work
             for table in _CONTENTS:
                 db.execute(f"DELETE FROM {table}")
             db.execute("INSERT OR REPLACE INTO meta VALUES ('boot_id', ?), ('schema', ?)", (boot_id, str(_SCHEMA)))
@@ -431,10 +458,12 @@ def _open_to_write(file: Path, boot_id: str) -> sqlite3.Connection:
 
 
 def _open_to_read(file: Path, boot_id: str) -> sqlite3.Connection:
-    """The ledger, or an empty one where there is none, none of this boot, or none that can be read.
+    """The ledger, or an empty one where there is none, none of this boot, or none that anybody can read.
 
     A write in which a command was killed is rolled back by whoever opens the ledger next; only who may write can.
     """
+    if file.exists() and not os.access(file, os.R_OK):
+        raise OrchError(f"cannot read {file}", hint="run as root")
     for mode in ("ro", "rw") if file.exists() else ():
         db = sqlite3.connect(f"file:{file}?mode={mode}", uri=True, isolation_level=None)
         with contextlib.suppress(sqlite3.Error, ValueError):

@@ -84,6 +84,7 @@ class Observer:
                 if spec.argv[0] != HELPER_PROGRAM and self.system.host.program(spec.argv[0]) is None
             ),
             reconciles=self.system.processes.reconciles(owner.profile, netns),
+            stale=frozenset() if fresh else self.ledger.stale(owner),
             has_cthelper=bool(self.system.host.available_modules((_SUBSYSTEM,))),
             connections=self.system.host.connections(netns) if is_thorough and is_there else {},
         )

@@ -63,7 +63,7 @@ def plan_apply(target: Target, launches: tuple[Launch, ...], observed: Observed,
     """What makes `target` true in the observed namespace. `launches` are its processes with their files."""
     registrations = plan_registrations(target, observed)
     processes = plan_processes(launches, observed)
-    stale_rules = {r.key for r in registrations.create} | {after.key for _, after in registrations.replace}
+    stale_rules = observed.stale | {r.key for r in (*registrations.create, *(r for _, r in registrations.replace))}
     rules_reason = rules_reason_of(target.rules, observed, attached={a.key for a in target.attachments} & stale_rules)
     refusals = (
         *registrations.refusals,
@@ -154,7 +154,7 @@ def _apply_steps(
     fresh = (*registrations.create, *(after for _, after in registrations.replace))
     held, finals = _value_updates(registrations.update, disabled)
     kept = _keep(target, observed, fresh, quiet, held, started | stopped)
-    unload, load = _rules_steps(target, observed, {r.key for r in fresh}, rules_reason)
+    unload, load = _rules_steps(target, observed, observed.stale | {r.key for r in fresh}, rules_reason)
     others = [RemoveRules(loaded_rules(x, observed, target.profile)) for x in other_listings(target.rules, observed)]
     is_replacing = bool(registrations.replace)
     surplus = [StopProcess(p, None) for p in processes.stop_last]
@@ -212,7 +212,7 @@ def _to_quieten(
 
 
 def _rules_steps(
-    target: Target, observed: Observed, fresh: set[HelperKey], reason: str
+    target: Target, observed: Observed, fresh: frozenset[HelperKey], reason: str
 ) -> tuple[list[Step], list[Step]]:
     """How to unload the rules, where they hold on to a helper that was or will be unregistered, and how to load them.
 

@@ -125,7 +125,7 @@ class Observed:
     `users` are the *other* owners of each key; `deaf` those of them whose namespace has no listener on its queue.
     `neighbours` are other profiles in this namespace. `kernel_helpers` are the (name, l4proto) taken by loaded kernel
     modules. `foreign_references` are helper names that rules not written by orch attach. `reconciles`: the supervisor
-    of the profile has drift mended.
+    of the profile has drift mended. `stale` are registrations that were made anew since its rules were loaded.
     """
 
     netns: Netns
@@ -148,6 +148,7 @@ class Observed:
     missing_programs: frozenset[str]
     has_cthelper: bool
     reconciles: bool
+    stale: frozenset[HelperKey] = frozenset()
     connections: Mapping[str, int] = field(default_factory=dict)
 
 

@@ -34,6 +34,7 @@ LOG = "watchdog.log"
 _READY = b"ready"
 _LOCK_WAIT_S = 600.0  # whoever holds the lock for longer is waited for again
 _AGAIN_AFTER_S = 30.0
+_LOG_LEN = 1 << 18  # it may try again for days
 _CHANGES = inotify.MODIFIED | inotify.CREATED | inotify.DELETED | inotify.MOVED_IN
 _ANY = (*EXPECTED, sqlite3.Error)
 _TFD_TIMER_ABSTIME = 1  # timerfd_settime(2); TFD_NONBLOCK and TFD_CLOEXEC are O_NONBLOCK and O_CLOEXEC
@@ -82,6 +83,7 @@ class Watchdog:
         self._changes = Inotify()
         self._changes.add(str(app.state_dir), _CHANGES)
         self._known: tuple[Pending, ...] = ()
+        self._trouble = ""
 
     def run(self, ready: Callable[[], None]) -> None:
         with contextlib.closing(self._open()) as ledger, ledger.watched(ready):
@@ -94,6 +96,10 @@ class Watchdog:
 
     def _undo(self) -> None:
         """Settling undoes what is overdue; what could not be undone is tried again."""
+        log = self._app.state_dir / LOG
+        with contextlib.suppress(OSError):
+            if log.stat().st_size > _LOG_LEN:
+                os.truncate(log, 0)
         try:
             with self._app.settled("rollback of what nobody confirmed"):
                 pass
@@ -111,8 +117,11 @@ class Watchdog:
         try:
             with contextlib.closing(self._open()) as ledger:
                 self._known = ledger.pending()
+            self._trouble = ""
         except _ANY as error:
-            _log.error("%s", error)
+            if str(error) != self._trouble:  # what is written into our log wakes us again
+                _log.error("%s", error)
+            self._trouble = str(error)
         return self._known
 
     def _open(self) -> Ledger:

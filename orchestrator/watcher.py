@@ -10,7 +10,7 @@ from functools import partial
 
 from orchestrator.app import App
 from orchestrator.drift import MendReport
-from orchestrator.errors import OrchError
+from orchestrator.errors import Interrupted, OrchError, PreflightError
 from orchestrator.kernel.netns import entered, find
 from orchestrator.model import Netns
 from orchestrator.state import Owner
@@ -20,7 +20,7 @@ from orchestrator.supervise.launcher import LocalProcesses
 from orchestrator.supervise.reactor import Reactor, Timer
 from orchestrator.supervise.watching import Commit, Commits
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _LEDGER_CHANGES = inotify.MODIFIED | inotify.CREATED | inotify.DELETED | inotify.MOVED_IN
 _LEDGER = "ledger.sqlite"
 _SOON_S = 0.1  # after a change: others often come with it
@@ -59,14 +59,14 @@ class Watcher(Reactor):
         self._files = Inotify()
 
     def run(self) -> None:
-        """Until TERM or INT. Raises OrchError where it may not listen, or nothing was ever applied."""
+        """Until TERM, INT or HUP. Raises OrchError where it may not listen, or nothing was ever applied."""
         try:
             self._files.add(str(self._app.state_dir), _LEDGER_CHANGES)
         except FileNotFoundError:
             where = str(self._app.state_dir)
             raise OrchError("nothing is applied", where=where, hint="orch apply PROFILE") from None
         self.watch(self._files.fileno(), self._ledger_changed)
-        self._rescan()
+        self._app.applied(self._profile)  # a name that is wrong from the beginning is refused
         self._look_at_all()
         self.loop(_SIGNALS)
 
@@ -86,6 +86,7 @@ class Watcher(Reactor):
                 self._look_in(at, _SOON_S)
 
     def _look_at_all(self) -> None:
+        self._rescan()
         for at in self._owners:
             self._look_in(at, 0.0)
         self.at(time.monotonic() + self._interval_s, self._look_at_all)
@@ -93,11 +94,18 @@ class Watcher(Reactor):
     # -- what is listened to ------------------------------------------------------------------------------------------
 
     def _rescan(self) -> None:
-        self._owners = {_at(applied.owner): applied.owner for applied in self._app.applied(self._profile)}
+        self._owners = {_at(owner): owner for owner in self._asked_for()}
         for at in self._looks.keys() - self._owners.keys():
             self._looks.pop(at).cancel()
         self._listen({owner.netns.identity: owner.netns for owner in self._owners.values()})
         self._follow_processes()
+
+    def _asked_for(self) -> list[Owner]:
+        """None while the namespace that was named (--netns) is gone: there may be another one of that name."""
+        try:
+            return [applied.owner for applied in self._app.applied(self._profile)]
+        except PreflightError:
+            return []
 
     def _listen(self, wanted: dict[str, Netns]) -> None:
         for identity in self._commits.keys() - wanted.keys():
@@ -124,8 +132,7 @@ class Watcher(Reactor):
     def _follow_processes(self) -> None:
         """One descriptor for each helper process and each supervisor that runs now; it tells when that ends."""
         helpers = {p.pid: (p.profile, p.netns) for p in self._processes.running() if p.pid}
-        supervisors = {pid: at for at in self._owners for pid in self._processes.supervisors(*at)}
-        alive = {pid: at for pid, at in {**helpers, **supervisors}.items() if at in self._owners}
+        alive = {pid: at for pid, at in {**helpers, **self._processes.all_supervisors()}.items() if at in self._owners}
         for pid in self._pidfds.keys() - alive.keys():
             self._ended(pid)
         for pid in alive.keys() - self._pidfds.keys():
@@ -170,15 +177,25 @@ class Watcher(Reactor):
 
 
 def look_once(
-    owners: Iterable[Owner], mend: Callable[[Owner], MendReport], *, within_s: float, sleep: Callable[[float], None]
+    owners: Iterable[Owner],
+    mend: Callable[[Owner], MendReport],
+    *,
+    within_s: float,
+    sleep: Callable[[float], None],
+    interrupted: Callable[[], int],
 ) -> list[MendReport]:
-    """What comes of each profile; who is at work already is waited for, all together for `within_s` at most."""
+    """What comes of each profile; who is at work already is waited for, all together for `within_s` at most.
+
+    Raises Interrupted when `interrupted` gives the number of a signal.
+    """
     reports = []
     for owner in owners:
         report = mend(owner)
         while report.again_in_s and report.again_in_s <= within_s:
             sleep(report.again_in_s)
             within_s -= report.again_in_s
+            if number := interrupted():
+                raise Interrupted(number)
             report = mend(owner)
         reports.append(report)
     return reports
@@ -195,13 +212,19 @@ def _who(commit: Commit) -> str:
 def _open(netns: Netns) -> Commits | None:
     """None if the namespace is gone."""
     try:
-        if find(netns.path).identity != netns.identity:
-            return None
-    except OrchError:
-        return None
-    try:
         with entered(netns):
             return Commits()
+    except OrchError:
+        if _is_there(netns):
+            raise
+        return None
     except OSError as error:
         hint = "run as root" if isinstance(error, PermissionError) else ""
         raise OrchError(f"cannot listen in netns {netns}: {error.strerror}", hint=hint) from error
+
+
+def _is_there(netns: Netns) -> bool:
+    try:
+        return find(netns.path).identity == netns.identity
+    except OrchError:
+        return False

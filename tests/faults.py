@@ -1,16 +1,19 @@
 """A matrix of faults, made from plans: every kind of plan x every call that changes something x what can happen there.
 
 A run is a list of events: modifying calls of the fake kernel, and commits of the ledger. At each event in turn orch is
-killed (a kill after an event is one before the next), or the event fails as it can fail on a real host, once or from
-then on. The laws are those of `Point.try_it`. `python -m tests.faults` tries everything and prints how many points.
+killed (a kill after an event is one before the next) or told to stop, or the event fails as it can fail on a real
+host, once or from then on. The laws are those of `Point.try_it`. `python -m tests.faults` tries everything and prints
+how many points.
 """
 
 from __future__ import annotations
 
 import collections
 import errno
+import gc
 import pickle
 import shutil
+import signal
 import sqlite3
 import sys
 import tempfile
@@ -21,13 +24,13 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from orchestrator import confirm
+from orchestrator import confirm, drift
 from orchestrator.errors import HelperProcessError, KernelError, OrchError, RollbackError
 from orchestrator.fake import FakeKernel
 from orchestrator.model import HELPER_PROGRAM, HelperKey, L3Proto, L4Proto, Policy, QueueRow, Registration, Status
-from orchestrator.reports import TeardownReport
+from orchestrator.reports import TeardownReport, Trial
 from orchestrator.status import HostStatus
-from tests.hosts import Harness
+from tests.hosts import Harness, both
 
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # as /run is: a ledger on a disk is many times slower
 MODULES = {
@@ -53,6 +56,7 @@ ERRNOS = {
 OTHERS = (errno.EPERM, errno.EIO)
 COMMIT = "commit"
 STARTS = ("start", "hand over")
+ALIKE = 5  # each fifth point of a scenario that differs little from another one
 PROGRAMS = ("conntrackd", HELPER_PROGRAM)
 
 
@@ -62,7 +66,7 @@ class Killed(BaseException):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What goes wrong: `kill`, `missing`, `dies`, `never ready`, `disk full` or an errno; once, or from then on."""
+    """What goes wrong, once or from then on: an errno, or one of the words that `Events` knows."""
 
     what: str | int
     is_lasting: bool = False
@@ -73,12 +77,14 @@ class Fault:
 
 
 KILL = Fault("kill")
+SIGNAL = Fault("signal")
 
 
 @dataclass(slots=True)
 class Events:
     """What one command did, and the faults to come, by the place of their event."""
 
+    orch: Harness
     kernel: FakeKernel
     faults: Mapping[int, Fault] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
@@ -104,6 +110,8 @@ class Events:
             case "kill":
                 self.is_dead = True
                 raise Killed
+            case "signal":
+                self.orch.signal_number = signal.SIGTERM
             case "missing":
                 raise FileNotFoundError(errno.ENOENT, "No such file or directory", key)
             case "dies":
@@ -183,6 +191,7 @@ class Scenario:
     `is_one_way`: the kernel refuses the state that was there, so it cannot always be brought back; that is said then.
     `killed_before`: the command was run before, and killed at its event of that place (negative: from its end).
     `fails_at` is an event of the command that fails, so that it is on its way back when the next fault comes.
+    `every`: only each n-th point is tried, as another scenario is alike.
     """
 
     name: str
@@ -193,6 +202,7 @@ class Scenario:
     is_one_way: bool = False
     killed_before: int | None = None
     fails_at: str = ""
+    every: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +216,10 @@ class Case:
     new: str
     known: Mapping[str, list[Knowledge]]
 
-    def points(self) -> Iterator[Point]:
+    def points(self) -> list[Point]:
+        return list(self._points())[:: self.scenario.every]
+
+    def _points(self) -> Iterator[Point]:
         first = max(self.given, default=-1) + 1
         for place in range(first, len(self.events) + 1):
             yield Point(self, place, KILL)
@@ -218,7 +231,10 @@ class Case:
 def faults_of(operation: str) -> Iterator[Fault]:
     if operation == COMMIT:
         yield from (Fault("disk full"), Fault("disk full", is_lasting=True))
-    elif operation in STARTS:
+        return
+    if operation:
+        yield SIGNAL
+    if operation in STARTS:
         yield from (Fault("missing"), Fault("dies"), Fault("never ready"), Fault(errno.ENOMEM))
         yield from (Fault("missing", is_lasting=True), Fault("never ready", is_lasting=True))
     elif operation:
@@ -259,13 +275,16 @@ class Point:
                 check(kernel, start)
 
     def _follows(self, *, is_clean: bool, is_partial: bool) -> list[Act]:
-        """What is done next: everything after a kill, else by turns; little where all is as in a run without faults."""
+        """What is done next: everything after a first kill, else by turns; little where all is as without faults.
+
+        Commits and calls take turns as well, so the turns of both must not be the same.
+        """
         follows: list[Act] = (
             [self._again, self._teardown] if is_partial else [self._settle, self._again, self._teardown]
         )
-        if self.fault == KILL and not is_clean:
+        if self.fault == KILL and not is_clean and self.case.scenario.killed_before is None:
             return follows
-        return [] if is_clean and self.place % 4 else [follows[self.place % len(follows)]]
+        return [] if is_clean and self.place % 5 else [follows[self.place // 2 % len(follows)]]
 
     def _look(self, orch: Harness, kernel: FakeKernel, *, is_partial: bool) -> bool:
         """True if host and ledger are as they were before, or as they should become.
@@ -297,6 +316,7 @@ class Point:
         assert not any(profile.drift for profile in orch.status().profiles)
 
     def _teardown(self, orch: Harness, kernel: FakeKernel) -> None:
+        let_time_pass(orch, kernel)  # what has to be confirmed stands in the way until then
         report = orch.teardown(every_netns=True)
         assert not any(one.leftovers for one in report.reports), "something could not be taken away"
         rest = [line for line in kernel.dump_text().splitlines() if not line.startswith("module ")]
@@ -305,11 +325,19 @@ class Point:
 
 def run(orch: Harness, kernel: FakeKernel, act: Act, faults: Mapping[int, Fault]) -> Ran:
     """Run a command with faults."""
-    events, report = Events(kernel, faults), None
+    events, report = Events(orch, kernel, faults), None
     with recording(events), suppress(Killed, OrchError):
         report = act(orch, kernel)
+    orch.signal_number = 0
+    return Ran(tuple(events.names), report is not None, _is_partial(orch, report))
+
+
+def _is_partial(orch: Harness, report: object) -> bool:
+    """Whether a teardown, or an undoing that is one, said that it left something."""
+    if isinstance(report, confirm.Rollback):
+        return report.report is not None and bool(report.report.leftovers)
     leftovers = [one for one in report.reports if one.leftovers] if isinstance(report, TeardownReport) else []
-    return Ran(tuple(events.names), report is not None, bool(leftovers))
+    return bool(leftovers) or any("could not be undone" in sentence for sentence in orch.warnings)
 
 
 def check(kernel: FakeKernel, start: FakeKernel) -> None:
@@ -325,7 +353,7 @@ def state(kernel: FakeKernel) -> str:
 
 def knowledge(status: HostStatus) -> Knowledge:
     """What orch knows of the host."""
-    profiles = tuple((str(profile.owner), profile.drift) for profile in status.profiles)
+    profiles = tuple((str(profile.owner), profile.drift, profile.trial is not None) for profile in status.profiles)
     return (profiles, status.unknown, status.unsettled)
 
 
@@ -446,8 +474,9 @@ def scenarios() -> Iterator[Scenario]:
     for name, helper in ENGINES.items():
         for backend in ("nftables", "iptables-nft"):
             text = profile(helper, backend=backend)
-            yield Scenario(f"first apply, {name}, {backend}", (), apply(text))
-            yield Scenario(f"teardown, {name}, {backend}", (apply(text),), teardown())
+            every = 1 if backend == "nftables" or name == "native" else ALIKE
+            yield Scenario(f"first apply, {name}, {backend}", (), apply(text), every=every)
+            yield Scenario(f"teardown, {name}, {backend}", (apply(text),), teardown(), every=every)
         other = "iptables-nft" if name != "registration" else "iptables-legacy"
         yield Scenario(f"other backend, {name}", (apply(profile(helper)),), apply(profile(helper, backend=other)))
     yield from _updates()
@@ -455,6 +484,7 @@ def scenarios() -> Iterator[Scenario]:
     yield from _sharing()
     yield from _drifts()
     yield from _half_done()
+    yield from _on_trial()
 
 
 def _updates() -> Iterator[Scenario]:
@@ -523,10 +553,10 @@ def _drifts() -> Iterator[Scenario]:
                 "supervisor gone": lose_supervisors,
                 "registration replaced": change_identity,
             } | ({"registration deleted": delete_registrations} if is_new else {})
-            for drift, act in drifts.items():
+            for what, act in drifts.items():
                 one_way = act is delete_registrations
-                title = f"{drift}, {name}, {kernel}"
-                yield Scenario(title, (apply(text), act), apply(text), is_new, is_one_way=one_way)
+                title, every = f"{what}, {name}, {kernel}", ALIKE if is_new and not one_way else 1
+                yield Scenario(title, (apply(text), act), apply(text), is_new, is_one_way=one_way, every=every)
         yield Scenario(f"teardown, {kernel}", (apply(profile(*BOTH)),), teardown(), is_new)
         yield Scenario(f"one helper less, {kernel}", (apply(profile(*BOTH)),), apply(profile(CONNTRACKD)), is_new)
 
@@ -544,8 +574,10 @@ def _half_done() -> Iterator[Scenario]:
         for name, (before, act) in kinds.items():
             for place in (-4,) if is_new else (-1, -4, -8):
                 title = f"settling of {name}, killed {-place} events from its end, {kernel}"
-                yield Scenario(title, before, act, is_new, killed_before=place)
-            yield Scenario(f"way back of {name}, {kernel}", before, act, is_new, fails_at="load rules")
+                every = 1 if place == -1 else ALIKE  # the later it was killed, the more there is to settle
+                yield Scenario(title, before, act, is_new, killed_before=place, every=every)
+            every = ALIKE if is_new else 1
+            yield Scenario(f"way back of {name}, {kernel}", before, act, is_new, fails_at="load rules", every=every)
         for place in (-1, -4, -8):
             title = f"settling of teardown, killed {-place} events from its end, {kernel}"
             yield Scenario(title, (apply(first),), teardown(), is_new, killed_before=place)
@@ -558,16 +590,68 @@ def _half_done() -> Iterator[Scenario]:
     yield Scenario("settling in a namespace that is gone", gone, teardown_all, between=settled)
 
 
+def try_out(text: str) -> Act:
+    """An apply that has to be confirmed. Once is enough: a second one would be refused.
+
+    What was killed before it was applied is undone by the next command, though.
+    """
+
+    def act(orch: Harness, _: FakeKernel) -> object:
+        trial = Trial(60, lambda: None, accepts_loss=True)
+        is_applied = waits(orch) and not orch.status().unsettled
+        return is_applied or orch.app("blue").apply(*both(text), ask=False, trial=trial)
+
+    return act
+
+
+def waits(orch: Harness) -> bool:
+    with orch.app().reading() as ledger:
+        return bool(ledger.pending())
+
+
+def keep(orch: Harness, _: FakeKernel) -> object:
+    return not waits(orch) or confirm.confirm(orch.app(), "p")
+
+
+def undo(orch: Harness, _: FakeKernel) -> object:
+    return not waits(orch) or confirm.roll_back(orch.app(), "p", to=None, ask=False)
+
+
+def let_time_pass(_: Harness, kernel: FakeKernel) -> None:
+    kernel.now += 3600
+
+
+def mend(orch: Harness, kernel: FakeKernel) -> object:
+    """As somebody who watches does, once it is no fight any more."""
+    let_time_pass(orch, kernel)
+    return drift.mend(orch.app(), orch.app().applied("p")[0].owner, drift.Limits())
+
+
+def _on_trial() -> Iterator[Scenario]:
+    """What has to be confirmed: tried, kept, undone by somebody or because it is late; and what watching does."""
+    first, changed = profile(*BOTH), profile("ftp: {queue: 77}", "tftp: {engine: conntrackd}")
+    for name, before in (("first apply", ()), ("update", (apply(first),))):
+        tried = (*before, try_out(changed))
+        yield Scenario(f"on trial, {name}", before, try_out(changed))
+        yield Scenario(f"on trial, {name}, confirmed", tried, keep)
+        yield Scenario(f"on trial, {name}, undone", tried, undo)
+        yield Scenario(f"on trial, {name}, too late", (*tried, let_time_pass), teardown("nobody"), every=ALIKE)
+        yield Scenario(f"on trial, {name}, settled", before, try_out(changed), killed_before=-6, every=ALIKE)
+    yield Scenario("drift is mended", (apply(first), kill_processes), mend)
+
+
 def try_all(cases: list[Scenario], *, every: int = 1) -> tuple[int, list[str]]:
     """Try every point of these scenarios, or each n-th; returns how many, and what did not hold."""
     count, failures = 0, []
     for scenario in cases:
-        for point in list(prepare(scenario).points())[::every]:
+        gc.disable()  # as orch does
+        for point in prepare(scenario).points()[::every]:
             count += 1
             try:
                 point.try_it()
             except (AssertionError, OrchError, OSError, sqlite3.Error) as error:
                 failures.append(f"{point}: {type(error).__name__}: {error}")
+        gc.enable()
     return count, failures
 
 

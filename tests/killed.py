@@ -21,7 +21,7 @@ from orchestrator.ports import System
 _CHANGING = {
     "registry": ("create", "update", "delete"),
     "rules": ("load", "flush", "remove"),
-    "processes": ("start", "stop", "watch", "succeed", "serve", "set_reconcile"),
+    "processes": ("start", "stop", "watch", "succeed", "serve", "set_reconcile", "cleanup"),
     "modules": ("load",),
 }
 

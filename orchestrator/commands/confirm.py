@@ -63,7 +63,7 @@ def new_trial(app: App, within_s: float, *, accepts_loss: bool) -> Trial:
     from orchestrator.model import CONFIRM_MAX_S
     from orchestrator.reports import Trial
 
-    if within_s > CONFIRM_MAX_S:
+    if not within_s <= CONFIRM_MAX_S:  # nan neither
         raise UsageError(f"--confirm-within takes at most {CONFIRM_MAX_S} seconds, not {within_s:g}")
     return Trial(within_s, lambda: watchdog.start(app.state_dir), accepts_loss=accepts_loss)
 

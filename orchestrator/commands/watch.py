@@ -82,7 +82,9 @@ def watch(
     teller = _Teller(session)
     if is_once:
         owners = [applied.owner for applied in app.applied(profile)]
-        reports = watcher.look_once(owners, mend, within_s=_ONCE_WITHIN_S, sleep=app.system.clock.sleep)
+        sleep, interrupted = app.system.clock.sleep, app.talk.interrupted
+        with session.catching_signals():
+            reports = watcher.look_once(owners, mend, within_s=_ONCE_WITHIN_S, sleep=sleep, interrupted=interrupted)
         for report in reports:
             teller.tell(report)
         return session.result(_code(reports), "", profiles=len(reports))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ from orchestrator.doctor.facts import Facts, Place, Unseen
 from orchestrator.doctor.host_probes import MODULES
 from orchestrator.errors import OrchError
 from orchestrator.journal import Ledger
-from orchestrator.model import L4Proto, Netns, QueueRow
+from orchestrator.model import HelperKey, L4Proto, Netns, QueueRow, Registration
 from orchestrator.observe import module_helpers
 from orchestrator.ports import Host
 from orchestrator.state import Applied
@@ -35,8 +35,9 @@ _DEAF = "deaf"
 def gather(app: App, *, answers: Mapping[str, str] | None = None) -> Facts:
     """Everything the probes judge; `answers` are what the kernel said when it was asked (--probe)."""
     system, host = app.system, app.system.host
-    ledger = Ledger.open(app.state_dir, boot_id=app.boot_id, create=False)
-    with closing(ledger):
+    applied: tuple[Applied, ...] = ()
+    recorded: Mapping[HelperKey, Registration] = {}
+    with suppress(OrchError), closing(Ledger.open(app.state_dir, boot_id=app.boot_id, create=False)) as ledger:
         applied, recorded = ledger.applied(), ledger.recorded()
     chosen = _all_netns(host, applied) if app.netns is None else (host.find_netns(app.netns),)
     helpers = module_helpers()

@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from queue import SimpleQueue
 from struct import Struct
 from struct import error as struct_error
+from time import monotonic
 from typing import Any
 
 from orchestrator.engine.counters import Page
@@ -44,6 +45,7 @@ _BACKLOG = 4
 _NETLINK_NETFILTER = 12
 _TIMEVAL = Struct("@ll")
 _PART_MAX = 1 << 16
+_WORDS_MAX = 500
 _GONE = "the other end of the handover is gone or silent"
 
 
@@ -94,10 +96,13 @@ class Peer:
 
     def serve(self, queues: Sequence[int]) -> None:
         """Let it serve just these queues, the first failing open. Raises HandoverError."""
+        _limit(self._channel, ANSWER_WITHIN_S * (1 + len(queues)))  # it may wait for the kernel at each
         _send(self._channel, {"do": "serve", "queues": list(queues)})
-        answer, _ = _receive(self._channel)
+        answer, descriptors = _receive(self._channel)
+        for descriptor in descriptors:  # of a helper that answers for its process
+            os.close(descriptor)
         if answer != _DONE:
-            raise HandoverError(str(answer.get("error", "it does not answer")))
+            raise HandoverError(_printable(answer.get("error", "it does not answer")))
 
     def take(self, queues: Sequence[int]) -> Inheritance:
         """Let it stop reading and say what it leaves; `queues` are those that the successor will have bound.
@@ -196,7 +201,7 @@ class Door:
     def _watch(self) -> None:
         listener = self._opened.get()
         while not self._loop.has_left:
-            with contextlib.suppress(OSError, ValueError):  # whoever asked is gone, or is nobody: nothing has changed
+            with contextlib.suppress(Exception):  # whoever asked is gone, or is nobody, or memory short: we go on
                 channel, _ = listener.accept()
                 with channel:
                     self._answer(channel, listener)
@@ -257,6 +262,10 @@ def _limit(channel: socket.socket, within_s: float) -> None:
         channel.setsockopt(socket.SOL_SOCKET, option, value)
 
 
+def _printable(said: object) -> str:
+    return "".join(ch if ch.isprintable() else "?" for ch in str(said))[:_WORDS_MAX]
+
+
 def _send(channel: socket.socket, message: Mapping[str, Any], descriptors: Sequence[int] = ()) -> None:
     """Raises HandoverError."""
     data = json.dumps(message).encode()
@@ -272,13 +281,16 @@ def _send(channel: socket.socket, message: Mapping[str, Any], descriptors: Seque
 
 
 def _receive(channel: socket.socket) -> tuple[Mapping[str, Any], list[int]]:
-    """A message with the descriptors that came along. Raises HandoverError."""
+    """A message with the descriptors that came along; once it has begun it must not take long. Raises HandoverError."""
     try:
         header, descriptors, _, _ = socket.recv_fds(channel, _LENGTH.size, _DESCRIPTORS)
+        deadline = monotonic() + ANSWER_WITHIN_S
         (length,) = _LENGTH.unpack(header)
         data = bytearray()
         while len(data) < min(length, _MESSAGE_MAX) and (part := channel.recv(min(length - len(data), _PART_MAX))):
             data += part
+            if monotonic() > deadline:
+                raise TimeoutError(_GONE)
         message = json.loads(data)
     except (OSError, ValueError, RecursionError, struct_error) as error:
         raise HandoverError(_GONE) from error

@@ -254,7 +254,7 @@ class Loop:
         """From another thread: nothing is read in the block, and no verdict is owed for what was read before it."""
         self._wants_pause = True
         self._interrupt(self._pause_sequence)
-        while not self._rests.wait(_PAUSE_AGAIN_S):  # the answer is lost while the buffer is full
+        while not self._rests.wait(_PAUSE_AGAIN_S):  # the answer is lost while the buffer is full or memory short
             self._interrupt(self._pause_sequence)
         try:
             yield
@@ -272,9 +272,10 @@ class Loop:
         self._interrupt(self._stop_sequence)
 
     def _interrupt(self, sequence: int) -> None:
-        """The kernel answers this request on the queue socket, after all that waits."""
+        """The kernel answers this request on the queue socket, after all that waits, unless memory is short."""
         flags = netlink.NLM_F_REQUEST | netlink.NLM_F_ACK
-        self._socket.send(netlink.message(netlink.NLMSG_NOOP, b"", flags=flags, sequence=sequence))
+        with contextlib.suppress(OSError):
+            self._socket.send(netlink.message(netlink.NLMSG_NOOP, b"", flags=flags, sequence=sequence))
 
     def _receive(self) -> memoryview:
         """Wait for a message, but tell what was counted before a long wait."""
@@ -425,7 +426,7 @@ def stop_on(loop: Loop, signals: Iterable[signal.Signals]) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
 
     def wait() -> None:
-        while True:  # the answer that stops the loop is lost if its buffer is full: then the next signal does it
+        while True:  # the answer that stops the loop may be lost, see `paused`: then the next signal does it
             signal.sigwait(awaited)
             loop.stop()
 

@@ -10,6 +10,7 @@ from struct import Struct
 
 from orchestrator.engine import netlink
 
+_REMADE = "remade"  # touched by whoever makes a registration anew that others use
 _QUEUES = "/proc/self/net/netfilter/nfnetlink_queue"
 _REGISTRY = "/sys/module/nfnetlink_cthelper"
 _GET_HELPERS = 9 << 8 | 1  # NFNL_SUBSYS_CTHELPER, NFNL_MSG_CTHELPER_GET
@@ -20,8 +21,9 @@ _HEADER = Struct("=IHHII")
 _LEGACY = ("/proc/self/net/ip_tables_names", "/proc/self/net/ip6_tables_names")
 
 
-def glance() -> bytes | None:
-    """Modules, who has which queue, and registrations; None where rules of iptables-legacy may matter, too.
+def glance(state_dir: str) -> bytes | None:
+    """Modules, who has which queue, and registrations, and when one was made anew; None where rules of iptables-legacy
+    may matter, too.
 
     Raises OSError.
     """
@@ -30,7 +32,7 @@ def glance() -> bytes | None:
     modules = sorted(line.split()[0] for line in _lines("/proc/modules"))  # the rest says who uses one just now
     queues = (" ".join(line.split()[:2]) for line in _lines(_QUEUES))  # number and port id; the rest are counts
     has_registry = os.path.exists(_REGISTRY)  # noqa: PTH110 (a supervisor imports no pathlib)
-    text = "\n".join((*modules, "", *queues))
+    text = "\n".join((*modules, "", *queues, "", _changed_at(f"{state_dir}/{_REMADE}")))
     return b"\0".join((text.encode(), *(_registrations() if has_registry else ())))
 
 
@@ -40,6 +42,13 @@ def _lines(path: str) -> list[str]:
             return file.read().splitlines()
     except FileNotFoundError:
         return []
+
+
+def _changed_at(path: str) -> str:
+    try:
+        return str(os.stat(path).st_mtime_ns)  # noqa: PTH116
+    except FileNotFoundError:
+        return ""
 
 
 def _registrations() -> list[bytes]:

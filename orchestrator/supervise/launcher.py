@@ -23,7 +23,7 @@ from orchestrator.engine import counters
 from orchestrator.engine.counters import Snapshot
 from orchestrator.engine.names import NEXT, handover_socket
 from orchestrator.errors import HelperProcessError, PreflightError
-from orchestrator.model import HELPER_PROGRAM, HelperKey, Netns, ProcessSpec, Restart
+from orchestrator.model import HELPER_PROGRAM, HelperKey, Netns, ProcessSpec, Restart, is_profile_name
 from orchestrator.ports import Clock, Launch, Lifetimes, ProcessSeen, ProcessState, Supervised
 from orchestrator.supervise import control, filters, logs, order, place, supervisor, traces, watching
 from orchestrator.supervise.control import EndedError, SilentError
@@ -54,8 +54,11 @@ class _Mark:
 
     @classmethod
     def parse(cls, text: str) -> _Mark | None:
+        """None for what is no mark; anybody may write one, and its names become part of commands and of paths."""
         parts = text.split("\x1f")
-        return cls(*parts) if len(parts) == 4 else None
+        if len(parts) != 4 or not is_profile_name(parts[1]) or "/" in parts[2]:
+            return None
+        return cls(*parts)
 
 
 def supervisor_mark(state_dir: Path, profile: str) -> str:
@@ -134,10 +137,12 @@ class LocalProcesses:
         )
 
     def succeed(self, launch: Launch) -> int:
+        within_s = launch.spec.ready_within_s + _DONE_WITHIN_S
+        request = {"do": "settle", "name": launch.spec.name}  # a killed orch may have asked for another successor
+        self._ask(launch.profile, launch.netns, request, within_s=within_s)
         directory = self._prepare(launch, NEXT)
         self._write_documents(directory, launch, NEXT)
         request = {"do": "succeed", "name": launch.spec.name}
-        within_s = launch.spec.ready_within_s + _DONE_WITHIN_S
         answer = self._ask(launch.profile, launch.netns, request, within_s=within_s)
         if "pid" in answer:
             return int(answer["pid"])
@@ -303,8 +308,15 @@ class LocalProcesses:
 
     def supervisors(self, profile: str, netns: str) -> list[int]:
         """Their pids: one, or none; two where somebody removed the directory of the first."""
-        wanted = _Mark(str(self.state_dir), profile)
-        return [p for p, kind, mark in _scan() if kind == supervisor.MARK and mark == wanted and _netns_of(p) == netns]
+        return [pid for pid, at in self.all_supervisors().items() if at == (profile, netns)]
+
+    def all_supervisors(self) -> dict[int, tuple[str, str]]:
+        """Whose each is, by pid: a profile, and the identity of its namespace."""
+        return {
+            pid: (mark.profile, _netns_of(pid))
+            for pid, kind, mark in _scan()
+            if kind == supervisor.MARK and mark == _Mark(str(self.state_dir), mark.profile)
+        }
 
     def _report(self, profile: str, netns: Netns) -> dict[str, Any]:
         """supervisor.json, if who wrote it is still there."""

@@ -102,6 +102,13 @@ def succeeded(life: Life, policy: Policy, pid: int) -> tuple[Life, Acts]:
     return running, () if life.state is State.RUNNING else (Act.HEARD, Act.ENABLE)
 
 
+def orphaned(life: Life) -> tuple[Life, Acts]:
+    """It has ended while another process takes over, which is not ready yet, and has a deadline of its own."""
+    if life.state not in (State.RUNNING, State.STARTING):
+        return life, ()
+    return replace(life, state=State.STARTING, deadline=None), (Act.DISABLE,)
+
+
 def give_up(policy: Policy, reason: str) -> Life:
     """A process that ended for good before anybody asked."""
     return Life(policy, State.FATAL, reason=reason, is_proven=True)

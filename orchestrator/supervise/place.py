@@ -2,7 +2,8 @@
 
 Our processes keep a namespace alive that everybody else has given up: `ip netns delete` takes the name alone. It is
 given up when no name leads to it any more, and, if it was named by a process, when no process that is not ours lives in
-it. A name whose file is there but leads nowhere tells nothing: a mount may be out of our sight.
+it. A name whose file is there but leads nowhere tells nothing: a mount may be out of our sight. That of process 1 is
+never given up.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class LookOut:
 
     def __init__(self, reactor: Reactor, path: str, given_up: Callback) -> None:
         self._reactor = reactor
-        self._path = path
+        self._path = path = _followed(path)
         self._given_up = given_up
         self._identity = _identity_of(_OWN)
         self._is_by_process = path.startswith(_PROCESSES)
@@ -93,9 +94,10 @@ class LookOut:
         self._given_up()
 
     def _is_held(self) -> bool:
-        if has_name(self._directory, self._identity):
+        is_lived_in = self._is_by_process and self._is_lived_in()  # a name may be a link: nobody tells of its end
+        if is_lived_in or has_name(self._directory, self._identity) or is_of_process_1(self._identity):
             return True
-        return self._is_lived_in() if self._is_by_process else is_out_of_sight(self._path)
+        return not self._is_by_process and is_out_of_sight(self._path)
 
     def _is_lived_in(self) -> bool:
         """Look again when whoever was found to live there ends."""
@@ -109,9 +111,9 @@ class LookOut:
         return False
 
     def _holders(self) -> Iterator[int]:
-        """Whoever it was found by may live elsewhere, and have it open: /proc/PID/fd/N."""
+        """Whoever it was found by may live elsewhere, and have it open (/proc/PID/fd/N) or a name for it of its own."""
         _, _, pid, *rest = self._path.split("/")
-        if rest[:1] == ["fd"] and pid.isdigit() and _identity_of(self._path) == self._identity:
+        if rest != ["ns", "net"] and pid.isdigit() and _identity_of(self._path) == self._identity:
             yield int(pid)
         yield from inhabitants(self._identity)
 
@@ -156,6 +158,14 @@ def watch(reactor: Reactor, environment: Mapping[str, str], given_up: Callback) 
         LookOut(reactor, path, given_up)
 
 
+def _followed(path: str) -> str:
+    """The path of the process that a name is a link to; else the path itself."""
+    with contextlib.suppress(OSError):  # it is no link
+        target = os.readlink(path)  # noqa: PTH115
+        return target if target.startswith(_PROCESSES) else path
+    return path
+
+
 def has_name(directory: str, identity: str) -> bool:
     """Whether a file of a directory leads to a namespace."""
     try:
@@ -163,6 +173,11 @@ def has_name(directory: str, identity: str) -> bool:
     except FileNotFoundError:
         return False
     return any(_identity_of(f"{directory}/{name}") == identity for name in names)
+
+
+def is_of_process_1(identity: str) -> bool:
+    """Whether it is the host's or the container's; names come and go. Process 1 may be ours, and be where it must."""
+    return _identity_of(_INIT) == identity and not _is_ours("1")
 
 
 def is_out_of_sight(path: str) -> bool:

@@ -20,13 +20,21 @@ _LOOK_S = 0.02
 
 
 class Succession:
-    """`over` is called once, with why the successor did not take over, or nothing if it did.
+    """`over` is called once, with why the successor did not take over, or nothing if it did. `late` is called if it is
+    ready in time, and its predecessor, who reads no more by then, has not ended.
 
     `is_alone`: the predecessor has ended, with `code`, None where only its parent is told. `then` is called at the end.
     """
 
     def __init__(
-        self, reactor: Reactor, orders: Order, pid: int, *, says_ready: Callable[[], bool], over: Callable[[str], None]
+        self,
+        reactor: Reactor,
+        orders: Order,
+        pid: int,
+        *,
+        says_ready: Callable[[], bool],
+        late: Callable[[], None],
+        over: Callable[[str], None],
     ) -> None:
         """Raises OSError if there is no such process."""
         self.order = orders
@@ -36,6 +44,7 @@ class Succession:
         self.then: list[Callable[[], None]] = []
         self._reactor = reactor
         self._says_ready = says_ready
+        self._tell_late = late
         self._over = over
         self._why = ""
         self._pidfd = os.pidfd_open(pid)
@@ -62,6 +71,10 @@ class Succession:
             self._look = self._reactor.at(time.monotonic() + _LOOK_S, self._judge)
 
     def _late(self) -> None:
+        if self._says_ready():
+            if not self.is_alone:
+                self._tell_late()
+            return
         self.abandon(f"not ready within {self.order.ready_within_s} s")
 
     def _ended(self) -> None:

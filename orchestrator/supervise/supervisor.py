@@ -294,7 +294,7 @@ class Supervisor(Reactor):
             process.pidfd = -1
         succession = self._successions.get(process.order.name)
         if succession and not succession.is_alone:
-            succession.left_alone(code)
+            self._left_alone(process, succession, code)
             return
         is_out_of_memory = code == -signal.SIGKILL and traces.oom_kills() > process.oom_kills
         reason = traces.how_it_ended(code, is_out_of_memory=is_out_of_memory)
@@ -419,6 +419,7 @@ class Supervisor(Reactor):
 
     def _look_from_now_on(self, process: Process) -> None:
         """It works, or is idle: the first look, and as many as are needed to see which."""
+        self._stop_looking(process)
         process.patience = traces.Patience()
         self._look_whether_hung(process)
 
@@ -426,17 +427,18 @@ class Supervisor(Reactor):
         process.look = None
         if process.life.state is not State.RUNNING:
             return
-        if process.order.name in self._successions:  # it waits for its successor
-            self._look_at(process, LOOK_S, partial(self._look_whether_hung, process))
-            return
         if process.pidfd >= 0 and traces.is_stopped(process.life.pid):
             self._look_at(process, STOPPED_S, partial(self._look_whether_stopped, process, process.life.pid))
             return
         rows = traces.queues()
         work = process.patience.look([rows[number] for number in process.order.queues if number in rows])
-        if work is traces.Work.HUNG:
+        succession = self._successions.get(process.order.name)
+        if work is traces.Work.HUNG and succession:  # whichever of the two it is: the process reads on, or hangs still
+            succession.abandon("packets wait, and nobody answers them")
+            self._look_from_now_on(process)
+        elif work is traces.Work.HUNG:
             self._hung(process, f"{lifecycle.HUNG}packets wait, and it answers none", can_tell=True)
-        elif work is traces.Work.BUSY or process.is_looked_at_always:
+        elif work is traces.Work.BUSY or process.is_looked_at_always or succession:
             self._look_at(process, LOOK_S, partial(self._look_whether_hung, process))
 
     def _hung(self, process: Process, reason: str, *, can_tell: bool) -> None:
@@ -519,7 +521,7 @@ class Supervisor(Reactor):
         else:
             process = self._add(orders, lifecycle.adopt(orders.policy, 0))
             if begun := self._find_succession(process):
-                begun.left_alone(None)
+                self._left_alone(process, begun, None)
                 return
             reason = "ended while nobody looked after it"
             self._follow(process, *lifecycle.ended(process.life, reason, time.monotonic()))
@@ -560,6 +562,14 @@ class Supervisor(Reactor):
                 answer({"error": f"cannot be started: {error.strerror}"})
             else:
                 process.when_ready.append(answer)
+                self._look_from_now_on(process)
+
+    def _settle(self, name: str, then: Callable[[], None]) -> None:
+        """Wait until no process takes over under that name: its documents are read and renamed until then."""
+        if name in self._successions:
+            self._successions[name].then.append(then)
+        else:
+            then()
 
     def _follow_succession(self, process: Process, orders: Order, pid: int) -> Succession:
         name = orders.name
@@ -568,6 +578,7 @@ class Supervisor(Reactor):
             orders,
             pid,
             says_ready=partial(_says_ready, name, pid),
+            late=partial(self._kill, process, signal.SIGKILL),
             over=partial(self._succession_over, process),
         )
         return self._successions[name]
@@ -585,6 +596,13 @@ class Supervisor(Reactor):
             self._answer(process, {"pid": over.pid})
         for callback in over.then:
             callback()
+
+    def _left_alone(self, process: Process, begun: Succession, code: int | None) -> None:
+        """The predecessor has ended; nobody listens unless its successor is ready already, which may take its time."""
+        begun.left_alone(code)
+        if process.order.name in self._successions:
+            self._stop_looking(process)
+            self._follow(process, *lifecycle.orphaned(process.life))
 
     def _take_over_from(self, process: Process, over: Succession) -> None:
         self.say(f"{over.order.name}: pid {over.pid} took over from pid {process.life.pid}")
@@ -640,7 +658,9 @@ class Supervisor(Reactor):
                 begin = partial(self._begin, Order.read(name), answer)
                 self._stop(name, begin)
             case {"do": "succeed", "name": str(name)}:
-                self._begin_succession(Order.read(name, NEXT), answer)
+                self._begin_succession(_next_order(name), answer)
+            case {"do": "settle", "name": str(name)}:
+                self._settle(name, partial(answer, {}))
             case {"do": "adopt", "name": str(name), "pid": int(pid)}:
                 known = self._processes.get(name)
                 if known and known.life.pid == pid:
@@ -728,6 +748,14 @@ def _start(orders: Order, argv: list[str]) -> int:
         )
     finally:
         os.close(log)
+
+
+def _next_order(name: str) -> Order:
+    """That of a successor. It is in force already if whoever asks was not told that it took over."""
+    try:
+        return Order.read(name, NEXT)
+    except FileNotFoundError:
+        return Order.read(name)
 
 
 def _is_child(pid: int) -> bool:

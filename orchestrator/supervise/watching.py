@@ -28,8 +28,10 @@ from orchestrator.supervise.inotify import Inotify
 from orchestrator.supervise.lifecycle import Life, State
 from orchestrator.supervise.reactor import Timer
 
-FILE = "reconcile"
-"""While it is in the runtime directory of a profile, the supervisor has drift mended."""
+FILE = "reconcile.on"
+"""While it is in the runtime directory of a profile, the supervisor has drift mended. No profile can have this name:
+our commands run in that directory, where `orch teardown NAME` would take it for a profile's file.
+"""
 
 INTERVAL_S = 30.0
 _START_SOON_S = 0.02  # to start a child takes long enough for other changes to come
@@ -237,7 +239,7 @@ class Reconciler:
     def _glance(self) -> None:
         """Look only if something may have changed, or it was not looked for long."""
         self._glances += 1
-        if self._right is None or self._glances > _GLANCES_MAX or _seen() != self._right:
+        if self._right is None or self._glances > _GLANCES_MAX or self._seen() != self._right:
             self._look()
         else:
             self._glance_in(self._interval_s)
@@ -258,7 +260,7 @@ class Reconciler:
                 return
         self._is_wanted_again = False
         self._glances = 0
-        self._before = _seen()
+        self._before = self._seen()
         command = errands.orch("watch", self._profile, "--once", state_dir=self._state_dir)
         try:
             self._children.start(command, self._looked)
@@ -272,7 +274,7 @@ class Reconciler:
         """The next look; what fails, fails ever more seldom."""
         self._is_looking = False
         self._interval_s = min(2 * self._interval_s, _INTERVAL_MAX_S) if exit_code else INTERVAL_S
-        self._right = self._before if exit_code == 0 and self._before == _seen() else None
+        self._right = self._before if exit_code == 0 and self._before == self._seen() else None
         if self._commits is None:
             return
         if self._is_wanted_again:
@@ -280,16 +282,17 @@ class Reconciler:
         else:
             self._glance_in(self._interval_s)
 
-
-def _seen() -> bytes | None:
-    try:
-        return glance()
-    except OSError:
-        return None
+    def _seen(self) -> bytes | None:
+        try:
+            return glance(self._state_dir)
+        except OSError:
+            return None
 
 
 def attach(supervisor: Supervisor, children: Errands, *, directory: str, state_dir: str) -> None:
     """Let a supervisor have drift mended, as soon as and as long as it is told to."""
     profile = os.path.basename(directory).partition("@")[0]  # noqa: PTH119
-    with contextlib.suppress(OSError):
+    try:
         Reconciler(supervisor, children, profile=profile, state_dir=state_dir)
+    except OSError as error:  # no more of inotify(7) for this user
+        supervisor.say(f"cannot have drift mended: {error}", _WARNING)

@@ -241,11 +241,11 @@ def soak(routed: None, tmp_path: Path) -> Iterator[Soak]:
 
 
 def rows(state_dir: Path) -> dict[str, int]:
-    """Rows by table of the ledger, but for what it is to remember."""
+    """Rows by table of the ledger, but for the history, and by what its namespaces are known again."""
     with contextlib.closing(sqlite3.connect(state_dir / "ledger.sqlite")) as db:
         tables = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
         counts = {name: int(db.execute(f"SELECT count(*) FROM {name}").fetchone()[0]) for name in tables}
-    return {name: count for name, count in counts.items() if count and name not in ("meta", "history")}
+    return {name: count for name, count in counts.items() if count and name not in ("meta", "history", "namespace")}
 
 
 def ended(holds: Callable[[], bool]) -> None:

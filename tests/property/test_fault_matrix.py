@@ -37,6 +37,6 @@ def test_the_matrix_has_every_call_that_changes_something() -> None:
     events = {event for scenario in SCENARIOS for event in prepare(scenario).events}
     assert events == {
         "commit", "load module", "register helper", "update helper", "unregister helper", "start", "stop", "watch",
-        "hand over", "serve queues", "load rules", "flush rules", "remove rules", "reconcile",
+        "hand over", "serve queues", "load rules", "flush rules", "remove rules", "reconcile", "clean up",
     }  # fmt: skip
     assert all(any(faults_of(event)) for event in events)

@@ -116,6 +116,19 @@ def test_what_is_alive_has_a_pid_and_what_is_about_to_happen_a_deadline(
             assert life.deadline is None
 
 
+@given(policies, histories)
+def test_whoever_ends_before_its_successor_is_ready_is_deaf_until_that_one_is(
+    policy: Policy, history: list[tuple[str, float]]
+) -> None:
+    for _, now, before, _ in play(policy, history):
+        orphan, acts = lifecycle.orphaned(before)
+        assert (Act.DISABLE in acts) == (before.state in (State.STARTING, State.RUNNING))
+        after, acts = lifecycle.succeeded(orphan, policy, 7)
+        assert (after.state, after.pid, acts) == (State.RUNNING, 7, (Act.HEARD, Act.ENABLE))
+        if Act.FORGET not in lifecycle.ended(before, "killed", now)[1]:
+            assert Act.DISABLE in lifecycle.ended(orphan, "killed", now)[1]
+
+
 @given(st.integers(0, 10_000))
 def test_delays_grow_and_are_bounded(attempts: int) -> None:
     assert lifecycle.delay_s(0) == 0

@@ -18,7 +18,7 @@ from orchestrator.errors import OrchError, RollbackError
 from orchestrator.fake import FakeKernel
 from orchestrator.model import HelperKey, L4Proto, QueueRow, Status
 from orchestrator.reports import Trial
-from tests.faults import FOREIGN, KILL, MEMORY, Fault, apply, of_others, run
+from tests.faults import FOREIGN, KILL, MEMORY, SIGNAL, Fault, apply, of_others, run
 from tests.hosts import Harness, both
 
 HELPERS = {
@@ -96,9 +96,14 @@ class Host(RuleBasedStateMachine):
         self.orch.teardown(*place)
         self.applied.pop(place, None)
 
-    @rule(place=places, helpers=helpers(), event=st.integers(0, 40), fault=st.sampled_from([KILL, Fault(errno.EPERM)]))
+    @rule(
+        place=places,
+        helpers=helpers(),
+        event=st.integers(0, 40),
+        fault=st.sampled_from([KILL, SIGNAL, Fault(errno.EPERM)]),
+    )
     def fail(self, place: tuple[str, str], helpers: str, event: int, fault: Fault) -> None:
-        """An apply is killed, or a call of it fails; all is as before then, at the latest after the next command."""
+        """An apply is killed, stopped, or a call fails; all is as before then, at the latest with the next command."""
         text = f"profile: {place[0]}\nhelpers:\n{helpers}"
         if run(self.orch, self.kernel, apply(text, place[1]), {event: fault}).is_done:
             self.applied[place] = text
@@ -160,6 +165,15 @@ class Host(RuleBasedStateMachine):
         ours = [key for key in sorted(self.kernel.registrations) if key != FOREIGN.key]
         for key in ours[number : number + 1]:
             self.kernel.registrations[key] = replace(self.kernel.registrations[key], status=Status.DISABLED)
+            self.is_broken = True
+
+    @rule(number=st.integers(0, 5))
+    def edit_registration(self, number: int) -> None:
+        ours = [key for key in sorted(self.kernel.registrations) if key != FOREIGN.key]
+        for key in ours[number : number + 1]:
+            seen = self.kernel.registrations[key]
+            policies = tuple(replace(policy, expect_max=policy.expect_max + 1) for policy in seen.policies)
+            self.kernel.registrations[key] = replace(seen, policies=policies)
             self.is_broken = True
 
     @rule(netns=st.sampled_from(SPACES))

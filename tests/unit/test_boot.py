@@ -77,6 +77,12 @@ def test_a_namespace_that_cannot_be_waited_for_is_refused(netns: str) -> None:
         boot.service("ftp", argv=ARGV, netns=netns, is_named=True)
 
 
+def test_the_unit_of_the_exporter_is_not_that_of_a_profile() -> None:
+    with pytest.raises(UsageError, match=r"orch-exporter\.service"):
+        boot.service("exporter", argv=ARGV, netns="", is_named=False)
+    assert boot.service("exporter", argv=ARGV, netns="blue", is_named=True)
+
+
 @given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), min_size=1), min_size=1))
 def test_a_command_line_is_one_line_that_says_the_same_words(words: list[str]) -> None:
     command = boot.service("ftp", argv=words, netns="", is_named=False).command

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator import confirm
+from orchestrator.commands.confirm import new_trial
 from orchestrator.confirm import Verdict
 from orchestrator.errors import OrchError, ProfileError, RefusedError, RollbackError, UsageError
 from orchestrator.fake import FakeKernel
@@ -24,6 +25,7 @@ from orchestrator.state import Pending
 from orchestrator.views import history as view
 from orchestrator.views import status as status_view
 from orchestrator.views.human import Paint
+from orchestrator.watchdog import Watchdog
 from tests.hosts import FTP, Harness, both
 
 WITHIN_S = 60.0
@@ -248,6 +250,23 @@ def test_what_waits_in_a_namespace_that_is_gone_can_be_torn_down(orch: Harness, 
     assert (kernel.registrations, pending(orch)) == ({}, ())
 
 
+@pytest.mark.parametrize("is_lived_in", [True, False])
+def test_what_waits_in_a_namespace_that_is_gone_does_not_wait_for_ever(
+    orch: Harness, kernel: FakeKernel, *, is_lived_in: bool
+) -> None:
+    """A process of ours may be all that keeps it. What it had on the host is taken away."""
+    kernel.add_netns("blue")
+    orch.apply(FTP, "blue")
+    desired, target = both(OTHER)
+    orch.app("blue").apply(desired, target, ask=False, trial=Trial(WITHIN_S, lambda: None))
+    kernel.gone.append(kernel.namespaces.pop("blue"))
+    if not is_lived_in:
+        kernel.running_processes.clear()
+    kernel.now += WITHIN_S
+    settle(orch)
+    assert (kernel.registrations, kernel.running_processes, pending(orch)) == ({}, {}, ())
+
+
 def test_connections_that_nothing_gives_back_are_refused_unless_accepted(orch: Harness, kernel: FakeKernel) -> None:
     orch.apply(OTHER)
     dump = kernel.dump_text()
@@ -305,6 +324,28 @@ def test_what_cannot_be_undone_can_be_torn_down(orch: Harness, kernel: FakeKerne
     assert (kernel.dump_text(), pending(orch)) == (dump, ())
 
 
+@pytest.mark.parametrize("next_one", ["apply", "try out", "teardown"])
+def test_a_trial_that_was_killed_and_cannot_be_undone_is_in_nobodys_way(
+    orch: Harness, kernel: FakeKernel, next_one: str
+) -> None:
+    """It never came to wait for its confirmation: its profile can be applied anew or torn down, as after any kill."""
+    empty = kernel.dump_text()
+    orch.apply(FTP)
+    assert killed_at(orch, kernel, 10, lambda: try_out(orch, OTHER))
+    kernel.dying_programs.add("conntrackd")
+    with pytest.raises(RollbackError):
+        settle(orch)
+    native = "profile: ftp\nhelpers: {ftp: {}}\n"
+    if next_one == "teardown":
+        orch.teardown("ftp")
+        assert kernel.dump_text() == empty
+    else:
+        waiting = try_out(orch, native).pending if next_one == "try out" else orch.apply(native).pending
+        assert pending(orch) == ((waiting,) if waiting else ())
+    assert not orch.status().unsettled
+    assert kernel.deaf() == []
+
+
 def test_a_confirmation_that_comes_too_late_undoes_it(orch: Harness, kernel: FakeKernel) -> None:
     orch.apply(FTP)
     dump = kernel.dump_text()
@@ -317,6 +358,15 @@ def test_a_confirmation_that_comes_too_late_undoes_it(orch: Harness, kernel: Fak
     assert kernel.dump_text() == dump
 
 
+def test_what_was_torn_down_meanwhile_was_not_confirmed(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(FTP)
+    waiting = try_out(orch, OTHER).pending
+    assert waiting is not None
+    kernel.now += WITHIN_S
+    orch.teardown("ftp")
+    assert confirm.verdict(orch.app(), waiting) is Verdict.ROLLED_BACK
+
+
 def test_a_rollback_that_comes_late_goes_back_once(orch: Harness, kernel: FakeKernel) -> None:
     orch.apply(FTP)
     orch.apply(THIRD)
@@ -326,6 +376,31 @@ def test_a_rollback_that_comes_late_goes_back_once(orch: Harness, kernel: FakeKe
     ended = roll_back(orch)
     assert (ended.report, ended.is_verdict) == (None, True)
     assert kernel.dump_text() == dump
+
+
+def test_a_watchdog_says_once_that_it_cannot_read_the_ledger(orch: Harness, caplog: pytest.LogCaptureFixture) -> None:
+    """Its log is in the directory that wakes it."""
+    try_out(orch, FTP)
+    dog = Watchdog(orch.app())
+    known = dog._pending()
+    ledger = orch.state_dir / "ledger.sqlite"
+    content = ledger.read_bytes()
+    ledger.write_bytes(b"nonsense" * 1000)
+    assert (dog._pending(), dog._pending(), len(caplog.records)) == (known, known, 1)
+    ledger.write_bytes(content)
+    assert dog._pending() == known
+    ledger.write_bytes(b"nonsense" * 1000)
+    dog._pending()
+    assert len(caplog.records) == 2
+
+
+def test_the_log_of_a_watchdog_that_tries_for_days_is_bounded(orch: Harness, kernel: FakeKernel) -> None:
+    try_out(orch, FTP)
+    log = orch.state_dir / "watchdog.log"
+    log.write_bytes(b"x" * (1 << 19))
+    kernel.now += WITHIN_S
+    Watchdog(orch.app())._undo()
+    assert (log.stat().st_size, pending(orch)) == (0, ())
 
 
 @pytest.mark.parametrize(
@@ -469,7 +544,13 @@ def test_the_text_and_the_value_of_a_history(orch: Harness, monkeypatch: pytest.
     ]
 
 
-# -- the key of the profile --------------------------------------------------------------------------------------------
+# -- the key of the profile, and the option ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seconds", [3601.0, float("inf"), float("nan")])
+def test_a_deadline_that_never_comes_is_none(orch: Harness, seconds: float) -> None:
+    with pytest.raises(UsageError, match="at most"):
+        new_trial(orch.app(), seconds, accepts_loss=False)
 
 
 @pytest.mark.parametrize(

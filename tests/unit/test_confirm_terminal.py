@@ -27,7 +27,7 @@ from tests.trials import is_watched, ledger_of, pass_time, wait_for, waiting
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("ip", path="/usr/sbin:/sbin:/usr/bin:/bin") is None, reason="needs root and ip(8)"
 )
-WITHIN_S = 60
+WITHIN_S = 600  # nobody waits for it: a test lets the time pass
 QUESTION = b'Keep the changes? Only "yes" is accepted ('
 PROFILE = """
 profile: trial
@@ -77,8 +77,14 @@ class Host:
             return bool(ledger.unsettled())
 
     def watchdog(self) -> int:
-        wait_for(lambda: is_watched(self.state) and bool((self.state / "watchdog").read_text()))
-        return int((self.state / "watchdog").read_text())
+        said: list[str] = []  # empty for a moment, while one takes over from another
+
+        def is_told() -> bool:
+            said.append((self.state / "watchdog").read_text() if is_watched(self.state) else "")
+            return said[-1].endswith("\n")
+
+        wait_for(is_told)
+        return int(said[-1])
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -378,3 +379,60 @@ def test_a_confirmation_is_waited_for(orch: Harness, kernel: FakeKernel) -> None
     report = look(orch)
     assert (report.outcome, report.reason) == (Outcome.WAITING, "it has to be confirmed first")
     assert kernel.namespaces[""].tampered
+
+
+def test_rules_elsewhere_that_hold_on_to_a_registration_that_was_made_again(orch: Harness, kernel: FakeKernel) -> None:
+    """From 7.3 on a registration can be deleted while rules name it; those of other namespaces do not see a new one."""
+    kernel.delete_ignores_references = True
+    kernel.add_netns("blue")
+    orch.apply(FTP)
+    orch.apply(FTP, "blue")
+    assert not kernel.dead()
+    assert not (orch.state_dir / "remade").exists()
+    before = kernel.dump_text()
+    delete_registration(kernel)
+    orch.apply(FTP)
+    assert kernel.dead() == [OWN]
+    assert (orch.state_dir / "remade").exists()
+    here, blue = orch.status().profiles
+    assert (here.owner.netns.label, here.drift) == ("host", ())
+    assert blue.drift == (f"{TABLE}: they would go on attaching a helper that is gone",)
+    report = mend(app(orch), blue.owner, LIMITS)
+    assert report.outcome is Outcome.MENDED
+    assert not kernel.dead()
+    assert kernel.dump_text() == before
+    assert orch.status().is_right
+    assert orch.apply(FTP).plan.is_empty
+
+
+class Killed(BaseException):
+    """What nobody catches."""
+
+
+@pytest.mark.parametrize("first", ["", "blue"])
+@pytest.mark.parametrize("call", range(6))
+def test_a_registration_that_a_killed_command_made_again(
+    orch: Harness, kernel: FakeKernel, call: int, first: str
+) -> None:
+    """Whoever is next, and wherever the other one was killed: in the end all rules attach the registration there is."""
+    kernel.delete_ignores_references = True
+    kernel.add_netns("blue")
+    orch.apply(FTP)
+    orch.apply(FTP, "blue")
+    before = kernel.dump_text()
+    delete_registration(kernel)
+    ends_at = len(kernel.calls) + call
+
+    def kill(_operation: str, _key: str) -> None:
+        if len(kernel.calls) > ends_at:
+            raise Killed
+
+    kernel.on_modify = kill
+    with contextlib.suppress(Killed):
+        orch.apply(FTP)
+    kernel.on_modify = None
+    for netns in (first, "blue", ""):
+        orch.apply(FTP, netns or None)
+    assert not kernel.dead()
+    assert kernel.dump_text() == before
+    assert orch.status().is_right

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import queue
@@ -23,6 +24,7 @@ from hypothesis import strategies as st
 
 from orchestrator.engine import netlink
 from orchestrator.kernel.netns import scratch
+from orchestrator.model import is_profile_name
 from orchestrator.supervise import watching
 from orchestrator.supervise.glance import glance
 from orchestrator.supervise.watching import Commit, CommitReader, Commits
@@ -87,15 +89,18 @@ def test_the_holder_of_the_lock_is_known(tmp_path: Path) -> None:
 
 
 @root
-def test_a_glance_sees_who_has_a_queue() -> None:
+def test_a_glance_sees_who_has_a_queue_and_what_was_made_anew(tmp_path: Path) -> None:
     with scratch(), contextlib.closing(netlink.open_queue_socket(1 << 16)) as channel:
         channel.bind((0, 0))
-        before = glance()
+        before = glance(str(tmp_path))
         assert before is not None
-        assert glance() == before
+        assert glance(str(tmp_path)) == before
         channel.send(netlink.message(CONFIG, netlink.attribute(1, BIND), flags=ACKNOWLEDGED, resource=7))
         assert channel.recv(4096)[16:20] == bytes(4)
-        assert glance() != before
+        bound = glance(str(tmp_path))
+        assert bound != before
+        (tmp_path / "remade").touch()
+        assert glance(str(tmp_path)) != bound
 
 
 @root
@@ -110,6 +115,10 @@ def test_commits_of_the_kernel() -> None:
     assert first.tables == second.tables == {"orch-ftp"}
     assert first.program == second.program == "nft"
     assert first.pid != second.pid
+
+
+def test_no_file_that_a_supervisor_looks_for_is_taken_for_a_profile() -> None:
+    assert not is_profile_name(watching.FILE)
 
 
 # -- orch on a real namespace ------------------------------------------------------------------------------------------
@@ -224,6 +233,37 @@ def test_once_mends_and_a_dry_run_does_not(netns: str, profile: Path) -> None:
     once = run_orch(state, "watch", "--once")
     assert (once.returncode, "mended: inet orch-ftp missing" in once.stdout) == (0, True)
     assert inside(netns, "nft", "list", "table", "inet", "orch-ftp")
+    assert run_orch(state, "teardown", "--all").returncode == 0
+
+
+@root
+def test_watch_goes_on_when_its_namespace_is_another_one(netns: str, profile: Path) -> None:
+    state = profile.parent / "state"
+    assert run_orch(state, "apply", str(profile)).returncode == 0
+    with started(orch(state, "watch", "--netns", netns, "--interval", "0.2", "-v")) as watch:
+        watch.line_with("right")
+        subprocess.run(["ip", "netns", "delete", netns], check=True)
+        assert run_orch(state, "status").returncode == 2
+        subprocess.run(["ip", "netns", "add", netns], check=True)
+        assert run_orch(state, "apply", str(profile)).returncode == 0
+        inside(netns, "nft", "flush", "ruleset")
+        watch.line_with("mended")
+        assert watch.end(signal.SIGHUP) == 0
+    assert run_orch(state, "teardown", "--all").returncode == 0
+
+
+@root
+def test_a_signal_ends_once_in_order(netns: str, profile: Path) -> None:
+    """What it has begun is undone, as with every command that changes something."""
+    state = profile.parent / "state"
+    assert run_orch(state, "apply", str(profile)).returncode == 0
+    inside(netns, "nft", "flush", "ruleset")
+    with (state / "lock").open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with started(orch(state, "watch", "--once", "--wait", str(WITHIN_S))) as once:
+            once.line_with("waiting for ")
+            assert once.end(signal.SIGTERM) == 128 + signal.SIGTERM
+    assert "not mended" not in run_orch(state, "status").stdout
     assert run_orch(state, "teardown", "--all").returncode == 0
 
 

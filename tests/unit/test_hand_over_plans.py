@@ -8,9 +8,12 @@ from dataclasses import replace
 import pytest
 
 from orchestrator import launches
-from orchestrator.errors import KernelError, OrchError
+from orchestrator.errors import KernelError, OrchError, RollbackError
+from orchestrator.execute import perform
 from orchestrator.fake import FakeKernel
 from orchestrator.model import HelperKey, Status
+from orchestrator.ports import Launch
+from orchestrator.state import SucceedProcess
 from tests.hosts import Harness
 
 QUEUEINGS = ("rules", "registration")
@@ -142,6 +145,50 @@ def test_what_cannot_be_handed_over_is_restarted(orch: Harness, kernel: FakeKern
     orch.apply(profile("rules", "queue: 77"))
     steps = applied(orch, after)
     assert {"stop ftp", "start ftp"} <= set(steps)
+    assert not kernel.deaf()
+
+
+def test_after_orch_and_its_supervisor_were_killed_the_process_before_takes_over_again(
+    orch: Harness, kernel: FakeKernel
+) -> None:
+    """Whoever undoes it starts a supervisor, and what runs goes on until it is taken over from."""
+    orch.apply(profile("rules", "queue: 77"))
+    before = launch_of(kernel, "ftp")
+    orch.apply(profile("rules", "queue: 80"))
+    for pid, (seen, launch) in kernel.running_processes.items():
+        kernel.running_processes[pid] = (replace(seen, watched=False, hands_over=False), launch)
+    after = launch_of(kernel, "ftp")
+    step = SucceedProcess(after, before, next(seen for seen, _ in kernel.running_processes.values()))
+    perform(step, orch.system, before.netns, is_undo=True)
+    assert launch_of(kernel, "ftp") == before
+    assert {number for number in kernel.namespaces[""].queues if number < 90} == {77, 78}
+
+
+def launch_of(kernel: FakeKernel, name: str) -> Launch:
+    return next(launch for seen, launch in kernel.running_processes.values() if seen.name == name)
+
+
+def test_the_way_back_leaves_no_queue_that_a_registration_has_still(orch: Harness, kernel: FakeKernel) -> None:
+    """The old queue could not be bound again, so the registration stays at the new one, and so does its listener."""
+    text = profile("registration", "queue: 77")
+    orch.apply(text)
+    failures = {"reconcile": errno.ENOSPC, "serve queues": 0}
+
+    def fail(operation: str, key: str) -> None:
+        number = failures.get(operation, -1)
+        if operation == "serve queues" and number == 0:  # the first is on the way there
+            failures[operation] = errno.EPERM
+        elif number > 0:
+            failures.pop(operation)
+            raise KernelError(operation, key, number)
+
+    kernel.on_modify = fail
+    with pytest.raises(RollbackError):
+        orch.apply(profile("registration", "queue: 80") + "reconcile: true\n")
+    assert not kernel.deaf()
+    kernel.on_modify = None
+    orch.apply(text)
+    assert orch.diff(text).plan.is_empty
     assert not kernel.deaf()
 
 

@@ -25,7 +25,7 @@ from orchestrator.engine import handover
 from orchestrator.engine.api import Bounds, Direction
 from orchestrator.engine.counters import Snapshot, State, read
 from orchestrator.engine.ctnetlink import SequenceAdjustment
-from orchestrator.engine.handover import HandoverError, Peer
+from orchestrator.engine.handover import HandoverError, Peer, reached
 from orchestrator.engine.inspector import Duty, Inspector
 from orchestrator.engine.names import NEXT, handover_socket
 from orchestrator.helpers.ftp import Ftp
@@ -226,6 +226,61 @@ def test_what_asks_for_nothing_known_changes_nothing(place: Place) -> None:
                 channel.send(message)
     place.passes(b"x")
     assert place.page().pid == place.first.pid
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param([b"\x7f\0\0\0", *[b" "] * 126], id="a byte every half second", marks=pytest.mark.slow),
+        pytest.param([b'\x16\0\0\0{"error": "\\u001b[2J"}'], id="for a terminal"),
+    ],
+)
+def test_a_process_that_its_helper_has_taken_over_neither_holds_nor_fools_who_asks_it(
+    tmp_path: Path, answer: list[bytes]
+) -> None:
+    is_over = threading.Event()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(tmp_path / handover_socket(NAME)))
+        listener.listen()
+
+        def drip() -> None:
+            channel, _ = listener.accept()
+            with channel, suppress(BrokenPipeError):
+                for part in answer:
+                    channel.sendall(part)
+                    if is_over.wait(0.5 if len(answer) > 1 else 0):
+                        return
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        started = time.monotonic()
+        with reached(tmp_path, NAME) as peer, pytest.raises(HandoverError) as raised:
+            peer.serve([QUEUE_NUM])
+        took = time.monotonic() - started
+        is_over.set()
+        thread.join(WAIT_S)
+    assert str(raised.value).isprintable()
+    assert took < WAIT_S
+
+
+@pytest.mark.slow
+def test_who_asks_waits_for_as_long_as_a_process_may_wait_for_the_kernel(tmp_path: Path) -> None:
+    """At each of its queues, that is: else it does later what whoever asked takes for failed."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(tmp_path / handover_socket(NAME)))
+        listener.listen()
+
+        def answer() -> None:
+            channel, _ = listener.accept()
+            with channel:
+                time.sleep(handover.ANSWER_WITHIN_S + 0.5)
+                handover._send(channel, handover._DONE)
+
+        with ThreadPoolExecutor(1) as thread:
+            answered = thread.submit(answer)
+            with reached(tmp_path, NAME) as peer:
+                peer.serve([QUEUE_NUM])
+            answered.result()
 
 
 # The real process, on a kernel that may lack NFQA_CT: without the last two attributes of the request to bind a queue.

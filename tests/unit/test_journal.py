@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator import journal
 from orchestrator.errors import OrchError, RefusedError
 from orchestrator.fake import HOST, FakeKernel
 from orchestrator.journal import Ledger
@@ -156,6 +157,23 @@ def test_another_boot_is_another_world(tmp_path: Path) -> None:
     ledger.close()
     assert not open_ledger(tmp_path, "boot-2", create=False).applied()
     assert not open_ledger(tmp_path, "boot-2").applied()
+
+
+def test_of_two_that_begin_a_boot_the_second_keeps_what_the_first_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The services of several profiles start at once: each finds a ledger that is not of this boot."""
+    look, looked = journal._origin, []
+
+    def slow(db: sqlite3.Connection) -> tuple[str, int]:
+        found = look(db)
+        looked.append(found)
+        if len(looked) == 1:
+            open_ledger(tmp_path).settle_applied(None, applied())
+        return found
+
+    monkeypatch.setattr(journal, "_origin", slow)
+    assert open_ledger(tmp_path).applied() == (applied(),)
 
 
 def test_looking_creates_nothing(tmp_path: Path) -> None:

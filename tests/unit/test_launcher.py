@@ -92,5 +92,25 @@ def test_the_log_of_the_start_before_is_kept(processes: LocalProcesses, netns: N
     assert "is root" in (directory / f"{NAME}.log.old").read_text()
 
 
+@pytest.mark.parametrize(
+    "profile, name", [("ftp; delete table inet filter", NAME), ("../../tmp/x", NAME), (PROFILE, "../x")]
+)
+def test_what_anybody_writes_into_an_environment_is_no_name(
+    processes: LocalProcesses, tmp_path: Path, profile: str, name: str
+) -> None:
+    """A name becomes part of nft commands and of paths."""
+
+    def marked(*words: str) -> subprocess.Popen[bytes]:
+        mark = "\x1f".join((str(tmp_path), *words, "digest"))
+        return subprocess.Popen(["sleep", "1000"], env={**os.environ, "ORCH_PROCESS": mark}, user=65534)
+
+    with marked(profile, name) as other, marked(PROFILE, NAME) as ours:
+        try:
+            assert [process.pid for process in processes.running()] == [ours.pid]
+        finally:
+            other.kill()
+            ours.kill()
+
+
 def test_one_that_never_was_counts_nothing(processes: LocalProcesses, netns: Netns) -> None:
     assert processes.counters(PROFILE, netns, NAME) is None

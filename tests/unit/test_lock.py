@@ -7,11 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import uuid
 from pathlib import Path
 
 import pytest
 
+from orchestrator.errors import OrchError
 from orchestrator.journal import Ledger
 from orchestrator.kernel.clock import MonotonicClock
 from orchestrator.kernel.netns import find
@@ -46,6 +48,34 @@ def test_a_lock_of_a_dead_process_is_none(tmp_path: Path) -> None:
     with ledger.locked("test", wait_s=0, clock=MonotonicClock()):
         assert (tmp_path / "lock").read_text() == f"orch test (pid {os.getpid()})"
     assert not ledger.is_locked()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_who_is_not_root_locks_nothing() -> None:
+    """Who can read a file can lock it, that of SQLite too: no orch could work, and no watchdog would undo anything."""
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        directory.chmod(0o755)
+        with open_ledger(directory).watched(lambda: None):
+            modes = {file.name: file.stat().st_mode & 0o777 for file in directory.iterdir()}
+        assert modes == dict.fromkeys(("lock", "ledger.sqlite", "watchdog"), 0o600)
+        assert opened_by_nobody(directory) == "cannot read"
+
+
+def opened_by_nobody(directory: Path) -> str:
+    """What another user hears who wants to look."""
+    pid = os.fork()
+    if not pid:
+        os.setgid(65534)
+        os.setuid(65534)
+        try:
+            Ledger.open(directory, boot_id="boot", create=False)
+        except OrchError as error:
+            os._exit("cannot read" in str(error))
+        finally:
+            os._exit(2)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return {0: "something else", 1: "cannot read"}.get(code, "nothing")
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and ip(8)")

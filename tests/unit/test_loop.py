@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 import pytest
 
@@ -194,6 +195,29 @@ def test_stop_answers_what_waits_before_it(net: Net, recorder: Recorder, page: P
     made.stop()
     made.run()
     assert net.receive(100) == payloads
+
+
+def test_a_pause_that_cannot_be_asked_for_yet_is_asked_for_again(net: Net, recorder: Recorder, page: Page) -> None:
+    """As when memory is short; whoever rests is let go on."""
+
+    class Short(socket.socket):
+        refusals = 3
+
+        def send(self, data: Any, flags: int = 0) -> int:
+            if threading.current_thread() is threading.main_thread() and self.refusals:
+                self.refusals -= 1
+                raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+            return super().send(data, flags)
+
+    with Short(fileno=os.dup(net.queue.fileno())) as short:
+        answers = Answers(net.queue, ctnetlink.Client(net.control), page.counters)
+        made = Loop(short, answers, recorder, page, accept_verdict=accept)
+        with running(made):
+            with made.paused():
+                net.send(b"meanwhile")
+                assert recorder.seen == []
+            assert net.receive(1) == [b"meanwhile"]
+    assert short.refusals == 0
 
 
 def test_the_inspector_is_told_when_nothing_waits(net: Net, recorder: Recorder, page: Page) -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -67,19 +67,20 @@ def netns() -> Iterator[Netns]:
 
 
 @contextmanager
-def inside(path: str, *argv: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+def running(*argv: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """It ends with the block, whatever becomes of that."""
     process = subprocess.Popen(
-        ["nsenter", f"--net={path}", *argv],
-        env={**os.environ, **environment},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        text=True,
+        argv, env={**os.environ, **environment}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
     )
     try:
         yield process
     finally:
         process.kill()
         process.communicate()
+
+
+def inside(path: str, *argv: str, **environment: str) -> AbstractContextManager[subprocess.Popen[str]]:
+    return running("nsenter", f"--net={path}", *argv, **environment)
 
 
 @contextmanager
@@ -121,7 +122,7 @@ def test_a_name_that_leads_nowhere_tells_nothing(netns: Netns) -> None:
 
 
 def test_a_namespace_of_a_process_is_given_up_with_its_last_inhabitant() -> None:
-    with subprocess.Popen(["unshare", "--net", *SLEEP]) as first:
+    with running("unshare", "--net", *SLEEP) as first:
         path = f"/proc/{first.pid}/ns/net"
         here = find("").identity
         while find(path).identity == here:
@@ -142,7 +143,7 @@ def test_a_namespace_of_a_process_is_given_up_with_its_last_inhabitant() -> None
 def test_a_namespace_that_a_process_elsewhere_has_open_is_given_up_with_that_process(netns: Netns) -> None:
     """Nobody lives there: `orch verify` makes namespaces so."""
     hold = f"import os, time; print(os.open({netns.path!r}, os.O_RDONLY), flush=True); time.sleep(1000)"
-    with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True) as holder:
+    with running(sys.executable, "-c", hold) as holder:
         assert holder.stdout is not None
         path = f"/proc/{holder.pid}/fd/{int(holder.stdout.readline())}"
         ip("netns", "delete", netns.label)
@@ -153,8 +154,56 @@ def test_a_namespace_that_a_process_elsewhere_has_open_is_given_up_with_that_pro
             assert list(said)[-3:] == ["not held", "not held", "given up"]
 
 
+def test_a_namespace_that_is_named_by_way_of_a_process_is_given_up_with_that_process(
+    netns: Netns, tmp_path: Path
+) -> None:
+    """Its name is in the file system of a container."""
+    name = tmp_path / "name"
+    name.touch()
+    subprocess.run(["mount", "--bind", netns.path, name], check=True)
+    try:
+        with running(*SLEEP) as holder:
+            ip("netns", "delete", netns.label)
+            with looked_out_for(f"/proc/{holder.pid}/root{name}") as said:
+                assert next(said) == "held"
+                holder.kill()
+                holder.wait()
+                assert list(said)[-3:] == ["not held", "not held", "given up"]
+    finally:
+        subprocess.run(["umount", name], check=True)
+
+
+def test_a_name_that_is_a_link_to_a_process_is_given_up_with_its_last_inhabitant(tmp_path: Path) -> None:
+    """So are containers made known to ip(8); nobody tells of a link that leads nowhere."""
+    with running("unshare", "--net", *SLEEP) as first:
+        path = f"/proc/{first.pid}/ns/net"
+        while find(path).identity == find("").identity:
+            pass
+        name = tmp_path / "name"
+        name.symlink_to(path)
+        with looked_out_for(str(name)) as said:
+            assert next(said) == "held"
+            first.kill()
+            first.wait()
+            assert list(said)[-3:] == ["not held", "not held", "given up"]
+
+
+def test_the_namespace_of_process_1_is_never_given_up(tmp_path: Path) -> None:
+    """Somebody may have given it a name for a while: ip netns attach."""
+    name = tmp_path / "name"
+    name.touch()
+    host = ("unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c")
+    script = 'mount --bind /proc/1/ns/net "$1" && shift && env "ORCH_SUPERVISOR=one of ours" "$@"; true'
+    look_out = (sys.executable, "-I", "-S", "-c", LOOK_OUT, ROOT)
+    with running(*host, script, "sh", str(name), *look_out, **{VARIABLE: str(name)}) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        name.unlink()
+        assert process.stdout.readline() == "held\n"
+
+
 def test_where_no_names_are_to_be_seen_the_last_inhabitant_counts() -> None:
-    with subprocess.Popen(["unshare", "--net", *SLEEP]) as first:
+    with running("unshare", "--net", *SLEEP) as first:
         path = f"/proc/{first.pid}/ns/net"
         while find(path).identity == find("").identity:
             pass

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import signal
 from pathlib import Path
 
 import pytest
 
-from orchestrator.errors import RollbackError
+from orchestrator.errors import Interrupted, RollbackError
 from orchestrator.fake import FakeKernel
 from orchestrator.model import HelperKey, L3Proto, L4Proto, Status
 from tests.faults import Act, Fault, Killed, apply, forget, run, state, teardown
@@ -78,6 +79,21 @@ def test_half_a_teardown_is_finished_without_a_ledger_of_before(orch: Harness, k
     killed_at(orch, kernel, teardown("ftp"), "remove rules")
     orch.teardown("nobody", "red")
     assert kernel.dump_text() == before
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_no_signal_stops_the_finishing_of_a_teardown(orch: Harness, kernel: FakeKernel, *, is_known: bool) -> None:
+    """It could only be brought back to half-done, and by then the journal has the new teardown alone."""
+    before = kernel.dump_text()
+    orch.apply(FTP, "blue")
+    if not is_known:
+        forget(orch, kernel)
+    killed_at(orch, kernel, teardown("ftp"), "remove rules")
+    orch.signal_number = signal.SIGINT
+    with pytest.raises(Interrupted):
+        orch.apply(FTP, "red")
+    assert kernel.dump_text() == before
+    assert orch.status().is_right
 
 
 def test_what_cannot_be_settled_stays_in_the_journal(orch: Harness, kernel: FakeKernel) -> None:

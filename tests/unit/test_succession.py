@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,11 +22,14 @@ from typing import Any
 import pytest
 
 from orchestrator.engine.names import NEXT
-from orchestrator.kernel.netns import find
+from orchestrator.errors import HelperProcessError
+from orchestrator.kernel.netns import entered, find
 from orchestrator.model import HELPER_PROGRAM, Netns, ProcessSpec
 from orchestrator.ports import Launch, ProcessState, Supervised
-from orchestrator.supervise import control, deafness, order
+from orchestrator.supervise import control, deafness, lifecycle, order
 from orchestrator.supervise.launcher import LocalProcesses
+from orchestrator.supervise.reactor import Timer
+from orchestrator.supervise.supervisor import Supervisor
 from tests.processes import PROFILE, local_processes, wait_for
 
 pytestmark = [
@@ -35,6 +39,7 @@ pytestmark = [
 
 ROOT = str(Path(__file__).parents[2])
 NAME = "one"
+QUEUE = 20000
 DOCUMENT = "helper-one.toml"
 
 # Says that it is ready; told of a successor's document, once it finds the file `go`, and then it takes over: the first
@@ -58,6 +63,15 @@ if is_next:
 wait("taken")
 """
 
+# After the import of orchestrator, and before it says that it is ready: binds a queue, and copies whole packets.
+HOLD = f"""
+from orchestrator.engine import netlink
+channel = netlink.open_control_socket()
+for wanted in (netlink.attribute(1, bytes((1, 0, 0, 0))), netlink.attribute(2, bytes((0, 0, 255, 255, 2)))):
+    channel.send(netlink.message(0x302, wanted, flags=5, resource={QUEUE}))
+    channel.recv(4096)
+"""
+
 
 class Place:
     """A profile with one process, which runs, and documents for its successor."""
@@ -72,8 +86,16 @@ class Place:
         self.first = int(self.ask("start")["pid"])
         self.write("second", NEXT)
 
-    def write(self, digest: str, suffix: str, *, program: str = PROGRAM, ready_within_s: int = 20) -> None:
-        spec = ProcessSpec(NAME, (HELPER_PROGRAM, DOCUMENT), (DOCUMENT,), (), (), ready_within_s=ready_within_s)
+    def write(
+        self,
+        digest: str,
+        suffix: str,
+        *,
+        program: str = PROGRAM,
+        ready_within_s: int = 20,
+        queues: tuple[int, ...] = (),
+    ) -> None:
+        spec = ProcessSpec(NAME, (HELPER_PROGRAM, DOCUMENT), (DOCUMENT,), queues, (), ready_within_s=ready_within_s)
         made = self.processes._order(Launch(PROFILE, self.netns, spec, {}, digest))
         made = replace(made, argv=[sys.executable, "-I", "-S", "-c", program, DOCUMENT], keys=["k"])
         (self.directory / f"{order.file_name(NAME)}{suffix}").write_bytes(made.encode())
@@ -168,6 +190,65 @@ def test_another_process_is_the_one_and_nothing_was_disabled(place: Place) -> No
     assert [p.digest for p in place.processes.running() if p.name == NAME] == ["second"]
 
 
+def test_asked_again_when_it_is_done_already_it_says_so(place: Place) -> None:
+    """As does who was not answered because the supervisor began anew."""
+    place.go()
+    answer = place.ask("succeed")
+    assert place.ask("succeed") == answer == {"pid": place.seen().pid}
+
+
+def test_documents_of_a_successor_under_way_are_not_written_over(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by the orch that undoes what a killed one has asked for."""
+    asked = Asked(lambda: place.ask("succeed"))
+    place.successor()
+    ask = control.ask
+
+    def go_and_ask(*args: Any, **options: Any) -> dict[str, Any]:
+        place.go()  # whoever asks has written what it writes before
+        return ask(*args, **options)
+
+    monkeypatch.setattr(control, "ask", go_and_ask)
+    spec = ProcessSpec(NAME, (HELPER_PROGRAM, DOCUMENT), (DOCUMENT,), (), ())
+    with pytest.raises(HelperProcessError, match="goes on as it was"):
+        place.processes.succeed(Launch(PROFILE, place.netns, spec, {DOCUMENT: "no document"}, "third"))
+    assert asked.done() == {"pid": place.seen().pid}
+    assert place.in_force() == "second"
+
+
+def test_a_process_that_dies_while_its_successor_loads_is_missed_at_once(place: Place) -> None:
+    asked = Asked(lambda: place.ask("succeed"))
+    place.successor()
+    os.kill(place.first, signal.SIGKILL)
+    wait_for(place.processes, place.is_deaf)
+    place.go()
+    assert asked.done() == {"pid": place.seen().pid}
+    wait_for(place.processes, lambda: not place.is_deaf())
+
+
+def test_one_that_has_handed_over_and_does_not_end_is_ended(place: Place) -> None:
+    place.write("second", NEXT, program=PROGRAM.replace('open("taken", "w").close()', ""), ready_within_s=5)
+    place.go()
+    assert place.ask("succeed") == {"pid": place.seen().pid}
+    assert (place.in_force(), place.is_deaf(), place.seen().restarts) == ("second", False, 0)
+    wait_for(place.processes, lambda: not pids_of(DOCUMENT))
+
+
+def test_one_that_hangs_while_packets_wait_is_given_up_before_its_time(place: Place) -> None:
+    """The process before it would read on, if that were not the one that hangs, which is found out next."""
+    place.write("first", "", program=PROGRAM.replace("page = ", f"{HOLD}page = "), queues=(QUEUE,))
+    assert "pid" in place.ask("start")
+    place.write("second", NEXT, queues=(QUEUE,), ready_within_s=60)
+    asked = Asked(lambda: place.ask("succeed"))
+    place.successor()
+    rule = f"-I OUTPUT -p udp --dport 6969 -j NFQUEUE --queue-num {QUEUE}"
+    for command in ("ip link set lo up", f"iptables-legacy {rule}"):
+        subprocess.run(["ip", "netns", "exec", place.netns.label, *command.split()], check=True)
+    with entered(place.netns), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        sender.sendto(b"x", ("127.0.0.1", 6969))
+    assert asked.done() == {"error": "packets wait, and nobody answers them"}
+    wait_for(place.processes, lambda: place.seen().reason == "hung: packets wait, and it answers none")
+
+
 def test_asked_twice_it_is_done_once(place: Place) -> None:
     asked = [Asked(lambda: place.ask("succeed")) for _ in range(2)]
     place.successor()
@@ -235,6 +316,27 @@ def test_a_supervisor_of_another_version_is_replaced(place: Place) -> None:
     file = place.directory / f"{order.file_name(NAME)}{NEXT}"
     file.write_text(json.dumps({**json.loads(file.read_text()), "further": 1}))
     assert place.ask("succeed")["is_outdated"]
+
+
+def test_the_one_that_took_over_is_looked_at_once_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rounds of looks would take a process for hung that did not answer from one to the other."""
+    monkeypatch.chdir(tmp_path)
+    spec = ProcessSpec(NAME, ("sleep", "1000"), (), (), ())  # has no page that tells when to look
+    with local_processes(tmp_path) as processes:
+        orders = processes._order(Launch(PROFILE, Netns("", "", "0:1"), spec, {}, "digest"))
+    with control.listen(str(tmp_path)) as listener:
+        supervisor = Supervisor(str(tmp_path), str(tmp_path), listener)
+        process = supervisor._add(orders, lifecycle.adopt(orders.policy, os.getppid()))
+        supervisor._look_from_now_on(process)
+        over = supervisor._follow_succession(process, orders, os.getpid())
+        over._deadline.cancel()
+        before = pending(supervisor)
+        supervisor._take_over_from(process, over)
+        assert len(before) == len(pending(supervisor)) == 2  # with that of its first request
+
+
+def pending(supervisor: Supervisor) -> list[Timer]:
+    return [timer for timer in supervisor._timers if not timer.is_cancelled]
 
 
 def test_a_stop_ends_both(place: Place) -> None:
