@@ -4,7 +4,7 @@ KERNEL ?= 6.1
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab fmt lint type units laws check test test-vm soak soak-all vm-shell demo golden manual man fuzz bench wheel clean
+.PHONY: help setup lab fmt lint type units-a units-b laws check test test-vm soak soak-all vm-shell demo golden manual man fuzz bench wheel clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -27,13 +27,17 @@ type: setup
 	.venv/bin/mypy
 
 check: setup ## Lint, types and pure tests, under a minute
-	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target units laws type lint
+	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target units-a units-b laws type lint
 
 # Fewer examples of each law, and nothing that takes long: make check.
 QUICK := $(PY) -m pytest -q -p tests.quick -m "not kernel and not slow"
 
-units: setup
-	$(QUICK) tests --ignore=tests/property
+# In two halves, for two processors.
+units-a: setup
+	$(QUICK) tests/unit/test_[a-f]*.py tests/contract
+
+units-b: setup
+	$(QUICK) tests/unit/test_[!a-f]*.py
 
 laws: setup
 	$(QUICK) tests/property

@@ -17,6 +17,9 @@ DELETED = 0x200
 LOST = 0x4000
 """There were too many to tell; in what is told only."""
 
+ALSO = 0x20000000
+"""Together with what is watched in that directory already, instead of in its place; in what is asked for only."""
+
 _FLAGS = os.O_NONBLOCK | os.O_CLOEXEC  # IN_NONBLOCK and IN_CLOEXEC are the same numbers
 _EVENT = Struct("@iIII")
 _BUFFER_LEN = 1 << 16

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from orchestrator.supervise import inotify
 from orchestrator.supervise.errands import Errands, orch
-from orchestrator.supervise.inotify import Inotify
+from orchestrator.supervise.reactor import Tell
 
 VARIABLE = "ORCH_NETNS_PATH"
 """In the environment of a supervisor: the path that its namespace was found by; empty if it has none."""
@@ -42,6 +42,7 @@ class Reactor(Protocol):
 
     def watch(self, descriptor: int, callback: Callback) -> None: ...
     def unwatch(self, descriptor: int) -> None: ...
+    def watch_files(self, directory: str, mask: int, tell: Tell) -> None: ...
     def at(self, deadline: float, callback: Callback) -> object: ...
 
 
@@ -67,16 +68,10 @@ class LookOut:
         self._pidfd = -1
         self._is_over = False
         try:
-            names = Inotify()
-            names.add(self._directory, _NAMES_CHANGE)
-            reactor.watch(names.fileno(), lambda: self._names_changed(names))
+            reactor.watch_files(self._directory, _NAMES_CHANGE, lambda _changes: self._look())
             reactor.at(time.monotonic(), self._look)
         except OSError:  # no such directory, or no more of these for this user (fs.inotify.max_user_instances)
             self._look_now_and_then()
-
-    def _names_changed(self, names: Inotify) -> None:
-        names.read()
-        self._look()
 
     def _look_now_and_then(self) -> None:
         if not self._is_over:

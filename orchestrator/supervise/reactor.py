@@ -10,7 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
 
+from orchestrator.supervise import inotify
+from orchestrator.supervise.inotify import Change, Inotify
+
 Callback = Callable[[], None]
+Tell = Callable[[list[Change]], None]
+
+_FILES_PAUSE_S = 0.2
+"""Between two looks at what happened to files: whoever writes much wakes us no more than that."""
 
 _WAKEUPS_LEN = 4096
 
@@ -32,6 +39,8 @@ class Reactor:
         self._poller = select.poll()
         self._callbacks: dict[int, Callback] = {}
         self._timers: list[Timer] = []
+        self._inotify: Inotify | None = None
+        self._tells: dict[int, list[tuple[int, Tell]]] = {}
         self._is_over = False
 
     def watch(self, descriptor: int, callback: Callback) -> None:
@@ -49,6 +58,29 @@ class Reactor:
         timer = Timer(deadline, callback)
         self._timers.append(timer)
         return timer
+
+    def watch_files(self, directory: str, mask: int, tell: Tell) -> None:
+        """Tell of changes to the files of a directory, and of LOST. Raises OSError.
+
+        All share one instance: a user has 128 (fs.inotify.max_user_instances), and root has a supervisor per profile.
+        """
+        if self._inotify is None:
+            self._inotify = Inotify()
+            self.watch(self._inotify.fileno(), self._read_files)
+        watch = self._inotify.add(directory, mask | inotify.ALSO)
+        self._tells.setdefault(watch, []).append((mask, tell))
+
+    def _read_files(self) -> None:
+        assert self._inotify is not None
+        descriptor = self._inotify.fileno()
+        changes = self._inotify.read()
+        self.unwatch(descriptor)
+        self.at(time.monotonic() + _FILES_PAUSE_S, lambda: self.watch(descriptor, self._read_files))
+        for watch, tells in list(self._tells.items()):
+            for mask, tell in list(tells):
+                mine = [c for c in changes if c.mask & inotify.LOST or (c.watch == watch and c.mask & mask)]
+                if mine:
+                    tell(mine)
 
     def end(self) -> None:
         """Let `loop` return."""

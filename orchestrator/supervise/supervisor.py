@@ -40,7 +40,7 @@ from orchestrator.supervise import (
 )
 from orchestrator.supervise.deafness import Marks
 from orchestrator.supervise.errands import Errands
-from orchestrator.supervise.inotify import Inotify
+from orchestrator.supervise.inotify import Change
 from orchestrator.supervise.lifecycle import Act, Acts, Life, State
 from orchestrator.supervise.order import Order, VersionError
 from orchestrator.supervise.reactor import Reactor, Timer
@@ -60,7 +60,6 @@ STOPPED_S = 2.0
 """How long a process may be stopped by a signal."""
 
 _READY_POLL_S = 0.02
-_FILES_PAUSE_S = 0.2
 _ENABLE_AGAIN_S = 0.25
 _COUNT_PAUSE_S = 1.0
 _FIRST_REQUEST_WITHIN_S = 30.0
@@ -123,15 +122,13 @@ class Supervisor(Reactor):
         # Opened now: whoever is out of descriptors or memory when a process dies can still disable.
         self._netlink = netlink.open_control_socket()
         self._netlink.bind((0, 0))
-        self._written = Inotify()
-        self._written.add(".", inotify.MODIFIED)
         self._next_count = 0.0
         self._count_timer: Timer | None = None
         self._requests = 0
         self._listener = listener
         listener.settimeout(0)
         self.watch(listener.fileno(), self._accept)
-        self.watch(self._written.fileno(), self._read_files)
+        self.watch_files(".", inotify.MODIFIED, self._files_written)
         self._patience = self.at(time.monotonic() + _FIRST_REQUEST_WITHIN_S, self._end_if_idle)
         self._succeed()
 
@@ -446,13 +443,10 @@ class Supervisor(Reactor):
 
     # -- files --------------------------------------------------------------------------------------------------------
 
-    def _read_files(self) -> None:
-        """A page was touched or a log written. The next look is some time later: who writes much wakes us no more."""
-        changes = self._written.read()
+    def _files_written(self, changes: list[Change]) -> None:
+        """A page was touched or a log written."""
         is_lost = any(change.mask & inotify.LOST for change in changes)
         names = {change.name for change in changes}
-        self.unwatch(self._written.fileno())
-        self.at(time.monotonic() + _FILES_PAUSE_S, lambda: self.watch(self._written.fileno(), self._read_files))
         for process in self._processes.values():
             name = process.order.name
             if is_lost or logs.file_name(name) in names:

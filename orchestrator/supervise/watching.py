@@ -24,9 +24,9 @@ from orchestrator.supervise import errands, inotify
 from orchestrator.supervise.deafness import Marks
 from orchestrator.supervise.errands import Errands
 from orchestrator.supervise.glance import glance
-from orchestrator.supervise.inotify import Inotify
+from orchestrator.supervise.inotify import Change
 from orchestrator.supervise.lifecycle import Life, State
-from orchestrator.supervise.reactor import Timer
+from orchestrator.supervise.reactor import Tell, Timer
 
 FILE = "reconcile.on"
 """While it is in the runtime directory of a profile, the supervisor has drift mended. No profile can have this name:
@@ -155,6 +155,7 @@ class Supervisor(Protocol):
     def processes(self) -> Mapping[str, Life]: ...
     def watch(self, descriptor: int, callback: Callable[[], None]) -> None: ...
     def unwatch(self, descriptor: int) -> None: ...
+    def watch_files(self, directory: str, mask: int, tell: Tell) -> None: ...
     def at(self, deadline: float, callback: Callable[[], None]) -> Timer: ...
     def say(self, text: str, level: int = ...) -> None: ...
 
@@ -176,16 +177,14 @@ class Reconciler:
         self._right: bytes | None = None
         self._before: bytes | None = None
         self._glances = 0
-        self._files = Inotify()
-        self._files.add(".", _DIRECTORY_CHANGES)
-        supervisor.watch(self._files.fileno(), self._directory_changed)
+        supervisor.watch_files(".", _DIRECTORY_CHANGES, self._directory_changed)
         self._given_up = 0
         self._pass_on = supervisor.on_change
         supervisor.on_change = self._state_changed
         self._toggle()
 
-    def _directory_changed(self) -> None:
-        if any(change.name == FILE or change.mask & inotify.LOST for change in self._files.read()):
+    def _directory_changed(self, changes: list[Change]) -> None:
+        if any(change.name == FILE or change.mask & inotify.LOST for change in changes):
             self._toggle()
 
     def _toggle(self) -> None:

@@ -24,9 +24,11 @@ from orchestrator.session import ExitCode
 from tests.stages import Stage
 from tests.trials import is_watched, ledger_of, pass_time, wait_for, waiting
 
-pytestmark = pytest.mark.skipif(
-    os.geteuid() != 0 or shutil.which("ip", path="/usr/sbin:/sbin:/usr/bin:/bin") is None, reason="needs root and ip(8)"
-)
+_PATH = "/usr/sbin:/sbin:/usr/bin:/bin"
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip", path=_PATH) is None, reason="needs root and ip(8)"),
+    pytest.mark.slow,  # orch as a process of its own, again and again
+]
 WITHIN_S = 600  # nobody waits for it: a test lets the time pass
 QUESTION = b'Keep the changes? Only "yes" is accepted ('
 PROFILE = """
@@ -189,8 +191,8 @@ def asked(host: Host, *options: str) -> Iterator[Login]:
     [
         (b"yes\n", ExitCode.OK),
         (b"y\n", ExitCode.DECLINED),
-        pytest.param(b"\n", ExitCode.DECLINED, marks=pytest.mark.slow),
-        pytest.param(b"\x04", ExitCode.DECLINED, marks=pytest.mark.slow),
+        (b"\n", ExitCode.DECLINED),
+        (b"\x04", ExitCode.DECLINED),
     ],
 )
 def test_only_yes_is_yes(host: Host, keys: bytes, code: int) -> None:
@@ -204,7 +206,6 @@ def test_only_yes_is_yes(host: Host, keys: bytes, code: int) -> None:
     wait_for(lambda: not is_watched(host.state))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command, code", [("confirm", ExitCode.OK), ("rollback", ExitCode.DECLINED)])
 def test_another_login_may_answer(host: Host, command: str, code: int) -> None:
     before = host.rules()
@@ -214,7 +215,6 @@ def test_another_login_may_answer(host: Host, command: str, code: int) -> None:
     assert (host.rules() != before) is (code == 0)
 
 
-@pytest.mark.slow
 def test_no_answer_is_no(host: Host) -> None:
     before = host.rules()
     with login(host, "apply", host.second, "--confirm-within", "2", "--json") as there:
@@ -241,7 +241,6 @@ def test_without_a_terminal_the_command_to_run_is_told(host: Host) -> None:
     assert host.orch("confirm").returncode == 1
 
 
-@pytest.mark.slow
 def test_a_service_does_not_wait(host: Host, tmp_path: Path) -> None:
     """The profile says that an apply has to be confirmed; 0 says that this one has not."""
     profile = tmp_path / "asking.yaml"
@@ -253,7 +252,6 @@ def test_a_service_does_not_wait(host: Host, tmp_path: Path) -> None:
     assert (result["pending"]["within_s"], result["pending"]["confirm"]) == (60, "orch confirm trial")
 
 
-@pytest.mark.slow
 def test_where_nothing_was_applied_nothing_is_left(host: Host) -> None:
     assert host.orch("teardown", "--netns", host.netns).returncode == 0
     before = host.rules()
@@ -263,7 +261,6 @@ def test_where_nothing_was_applied_nothing_is_left(host: Host) -> None:
     assert host.rules() == before
 
 
-@pytest.mark.slow
 def test_more_than_an_hour_is_too_long(host: Host) -> None:
     assert host.orch("apply", host.second, "--confirm-within", "3601").returncode == ExitCode.USAGE
 
@@ -283,7 +280,6 @@ def test_a_terminal_that_goes_away_leaves_it_to_the_watchdog(host: Host) -> None
     assert host.rules() == before
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [*SIGNALS, signal.SIGINT])
 def test_a_signal_at_the_question_leaves_it_to_the_watchdog(host: Host, number: signal.Signals) -> None:
     before = host.rules()
@@ -297,7 +293,6 @@ def test_a_signal_at_the_question_leaves_it_to_the_watchdog(host: Host, number: 
     assert host.rules() == before
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("stage", Stage)
 def test_a_signal_at_any_stage(host: Host, stage: Stage, number: signal.Signals) -> None:
@@ -321,7 +316,6 @@ def test_a_signal_at_any_stage(host: Host, stage: Stage, number: signal.Signals)
     assert host.rules() == before, host.log()
 
 
-@pytest.mark.slow
 def test_a_watchdog_cannot_be_talked_out_of_it(host: Host) -> None:
     before = host.rules()
     assert host.try_out().returncode == 0
@@ -337,7 +331,6 @@ def test_a_watchdog_cannot_be_talked_out_of_it(host: Host) -> None:
     assert host.rules() == before
 
 
-@pytest.mark.slow
 def test_where_the_watchdog_was_killed_the_next_one_or_the_next_command_undoes_it(host: Host) -> None:
     before = host.rules()
     assert host.try_out().returncode == 0
@@ -356,7 +349,6 @@ def test_where_the_watchdog_was_killed_the_next_one_or_the_next_command_undoes_i
     assert (host.rules(), waiting(host.state)) == (before, ())
 
 
-@pytest.mark.slow
 def test_a_watchdog_ends_when_the_ledger_is_taken_away(host: Host, tmp_path: Path) -> None:
     assert host.try_out().returncode == 0
     kept = tmp_path / "ledger.sqlite"

@@ -89,6 +89,7 @@ def test_the_holder_of_the_lock_is_known(tmp_path: Path) -> None:
 
 
 @root
+@pytest.mark.slow
 def test_a_glance_sees_who_has_a_queue_and_what_was_made_anew(tmp_path: Path) -> None:
     with scratch(), contextlib.closing(netlink.open_queue_socket(1 << 16)) as channel:
         channel.bind((0, 0))
@@ -104,6 +105,7 @@ def test_a_glance_sees_who_has_a_queue_and_what_was_made_anew(tmp_path: Path) ->
 
 
 @root
+@pytest.mark.slow
 def test_commits_of_the_kernel() -> None:
     with scratch():
         commits = Commits()
@@ -194,6 +196,7 @@ def run_orch(state: Path, *argv: str) -> subprocess.CompletedProcess[str]:
 
 
 @root
+@pytest.mark.slow
 def test_watch_mends_what_nf_tables_tells_of_says_who_did_it_and_never_fights(netns: str, profile: Path) -> None:
     state = profile.parent / "state"
     assert run_orch(state, "apply", str(profile)).returncode == 0
@@ -222,6 +225,7 @@ def test_watch_mends_what_nf_tables_tells_of_says_who_did_it_and_never_fights(ne
 
 
 @root
+@pytest.mark.slow
 def test_once_mends_and_a_dry_run_does_not(netns: str, profile: Path) -> None:
     state = profile.parent / "state"
     assert run_orch(state, "apply", str(profile)).returncode == 0
@@ -237,6 +241,7 @@ def test_once_mends_and_a_dry_run_does_not(netns: str, profile: Path) -> None:
 
 
 @root
+@pytest.mark.slow
 def test_watch_goes_on_when_its_namespace_is_another_one(netns: str, profile: Path) -> None:
     state = profile.parent / "state"
     assert run_orch(state, "apply", str(profile)).returncode == 0
@@ -253,6 +258,7 @@ def test_watch_goes_on_when_its_namespace_is_another_one(netns: str, profile: Pa
 
 
 @root
+@pytest.mark.slow
 def test_a_signal_ends_once_in_order(netns: str, profile: Path) -> None:
     """What it has begun is undone, as with every command that changes something."""
     state = profile.parent / "state"
@@ -268,6 +274,7 @@ def test_a_signal_ends_once_in_order(netns: str, profile: Path) -> None:
 
 
 @root
+@pytest.mark.slow
 def test_a_supervisor_reconciles(netns: str, profile: Path) -> None:
     state = profile.parent / "state"
     with started(orch(state, "run", str(profile))) as service:

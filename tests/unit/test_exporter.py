@@ -316,6 +316,7 @@ def test_the_text_file_is_replaced_at_once(tmp_path: Path) -> None:
     assert not re.search("^process_", text, re.M), "node_exporter has those already"
 
 
+@pytest.mark.slow
 @needs_root
 def test_it_serves_until_a_signal_ends_it(tmp_path: Path) -> None:
     with scratch(), contextlib.ExitStack() as stack:
@@ -335,6 +336,7 @@ def test_it_serves_until_a_signal_ends_it(tmp_path: Path) -> None:
         assert process.wait() == 0
 
 
+@pytest.mark.slow
 def test_what_cannot_be_written_or_served_is_named_as_it_was_given(tmp_path: Path) -> None:
     file = tmp_path / "none" / "orch.prom"
     with socket.create_server(("127.0.0.1", 0)) as taken:

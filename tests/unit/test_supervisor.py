@@ -316,7 +316,7 @@ def test_of_two_the_one_that_is_to_be_adopted_stays(processes: LocalProcesses, n
     """No time of the other one comes any more, and a request for one that is gone harms nothing."""
     pid = processes.start(launch(netns))
     order = Order(**json.loads((processes.runtime_dir(PROFILE, netns) / f"{NAME}.order").read_bytes()))
-    with entered(netns), subprocess.Popen(order.argv, env=order.env) as other:
+    with entered(netns), subprocess.Popen(["sleep", "1000"], env=order.env) as other:
         try:
             (twin,) = (process for process in processes.running() if process.pid == other.pid)
             processes.watch(launch(netns), twin)
