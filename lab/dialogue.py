@@ -91,6 +91,7 @@ class Session:
 
     def play(self, events: Events) -> Seen:
         """Play it to its end. What goes wrong on the way is part of what is seen."""
+        events.take()  # an announcement of the session before this one that was sent again is expected again
         with contextlib.ExitStack() as sockets:
             if isinstance(self.what, Ftp):
                 return _Control(self, self.what, sockets).play(events)
