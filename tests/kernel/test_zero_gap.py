@@ -33,6 +33,9 @@ from tests.kernel.native import FTP_PORT, QUEUEINGS, until
 UPDATES = int(os.environ.get("ORCH_UPDATES", "4"))
 FIGURES = REPORTS.setdefault("updates without a gap", [])
 PORTS = range(20000, 60000)
+_EXPECTATIONS_MAX = Path("/proc/sys/net/netfilter/nf_conntrack_expect_max")
+"""Of the host: a guest has room for 120, and sessions that have ended keep theirs for two minutes."""
+
 _TRANSFER_EACH = 10
 _SESSION_LEN = 25
 _WITHIN_S = 30.0
@@ -148,6 +151,7 @@ def updates(queueing: str) -> Iterator[tuple[str, str]]:
 def updated(queueing: str, state: Path) -> Iterator[tuple[Updated, Client]]:
     with clean_orch(state) as orch, expectations_made(ROUTER) as events:
         load_filter(ROUTER, ROUTER_FILTER)
+        _EXPECTATIONS_MAX.write_text("4096")
         made = Updated(orch.system, orch.state_dir)
         made.apply(profile(queueing), ROUTER)
         client = Client(events)
