@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator.errors import OrchError, RefusedError, RollbackError, StalePlanError, VerifyError
+from orchestrator.errors import NoHandoverError, OrchError, RefusedError, RollbackError, StalePlanError, VerifyError
 from orchestrator.execute import EXPECTED, Execution
-from orchestrator.journal import Ledger
+from orchestrator.journal import Ledger, note_child
 from orchestrator.launches import launches
 from orchestrator.model import Backend, Desired, Document, HelperKey, Listing, Netns, Status, Target
 from orchestrator.observe import Observer, or_nothing
 from orchestrator.plan import plan_apply, plan_teardown, relaunchable
+from orchestrator.plan_around import plan_around
 from orchestrator.plan_registrations import registrations_of
 from orchestrator.ports import Launch, ProcessSeen, System
 from orchestrator.reports import (
@@ -32,9 +33,11 @@ from orchestrator.reports import (
 from orchestrator.settle import Settling
 from orchestrator.state import (
     Applied,
+    CreateRegistration,
     DeleteRegistration,
     DrainQueues,
     HelperSummary,
+    LoadRules,
     Observed,
     Owner,
     Pending,
@@ -58,12 +61,13 @@ def kernel_system(state_dir: Path) -> System:
 
     host = KernelHost()
     processes = local_processes(state_dir)
+    note = functools.partial(note_child, state_dir)
     return System(
         registry=KernelRegistry(),
         rules={
             Backend.NFTABLES: NftRules(),
-            Backend.IPTABLES_LEGACY: IptablesRules(Backend.IPTABLES_LEGACY),
-            Backend.IPTABLES_NFT: IptablesRules(Backend.IPTABLES_NFT),
+            Backend.IPTABLES_LEGACY: IptablesRules(Backend.IPTABLES_LEGACY, note),
+            Backend.IPTABLES_NFT: IptablesRules(Backend.IPTABLES_NFT, note),
         },
         host=host,
         processes=processes,
@@ -94,7 +98,10 @@ def boot_id() -> str:
 
 @dataclass(frozen=True, slots=True)
 class App:
-    """The use cases. `state_dir` holds the ledger; `netns` overrides the namespace that a profile names."""
+    """The use cases. `state_dir` holds the ledger; `netns` overrides the namespace that a profile names.
+
+    `guard` starts somebody who undoes what is not confirmed; it raises OrchError or OSError.
+    """
 
     system: System
     state_dir: Path
@@ -102,6 +109,7 @@ class App:
     talk: Talk
     netns: str | None = None
     wait_s: float = 10.0
+    guard: Callable[[], None] = lambda: None
 
     # -- diff and apply -----------------------------------------------------------------------------------------------
 
@@ -134,29 +142,41 @@ class App:
         target = self._concrete(target)
         owner = self._owner(desired)
         with self.settled(f"apply {desired.source}", renewed=owner) as ledger:
-            self.refuse_while_pending(ledger)
+            self.refuse_while_pending(ledger, owner)
             helpers = tuple(HelperSummary(h.name, h.engine, h.keys) for h in desired.helpers)
             wanted = Wanted(owner, desired.source, target, helpers)
             ledger.forget_mending(wanted.owner)
             return self.establish(ledger, wanted, ask=ask, trial=trial)
 
     def establish(
-        self, ledger: Ledger, wanted: Wanted, *, ask: bool, trial: Trial | None = None, is_rollback: bool = False
+        self,
+        ledger: Ledger,
+        wanted: Wanted,
+        *,
+        ask: bool,
+        trial: Trial | None = None,
+        is_rollback: bool = False,
+        spared: frozenset[str] = frozenset(),
     ) -> Report:
-        """Plan, ask, carry out, verify; under the lock, with nothing unsettled. A rollback ends a trial."""
+        """Plan, ask, carry out, verify; under the lock, with nothing unsettled. A rollback ends a trial.
+
+        `spared` are subjects of changes, of what is applied already, that are left as they are (plan_around). A process
+        that turns out to hand over nothing is restarted: that is another plan, which a note tells of.
+        """
         self._recognise(ledger, wanted.owner.netns)
-        observed, plan = self.plan(ledger, wanted.owner, wanted.target)
+        observed, plan = self.plan(ledger, wanted.owner, wanted.target, spared)
         if plan.refusals:
             raise PlanRefusedError(plan.refusals)
         trial = worth_trying(trial, wanted, plan, observed)
         if not plan.is_empty and (ask or plan.cut) and not self.talk.confirm(plan, _what_is_cut(plan)):
             return Report(plan, declined=True)
         if ask or plan.cut:
-            again = self.plan(ledger, wanted.owner, wanted.target)[1]
+            again = self.plan(ledger, wanted.owner, wanted.target, spared)[1]
             if (again.steps, again.refusals) != (plan.steps, plan.refusals):
                 raise StalePlanError("plan is stale: the system changed meanwhile", hint="run it again")
         if plan.is_empty:
-            self._remember(ledger, wanted, observed, is_rollback=is_rollback)
+            if not spared:
+                self._remember(ledger, wanted, observed, is_rollback=is_rollback)
             return Report(plan, notes=plan.kept)
         plan = relaunchable(plan, lambda p: _launch_of(p, observed))
         now_s = self.system.clock.boottime()
@@ -165,8 +185,13 @@ class App:
         if trial is not None:
             self._guard(ledger, tx, trial)
         execution = Execution(self.system, ledger, plan, tx, self.talk.step, self.talk.interrupted)
-        self._run(execution, ledger, tx)
-        self._verify(execution, ledger, tx, wanted, is_rollback=is_rollback)
+        try:
+            self._run(execution, ledger, tx)
+        except NoHandoverError as error:  # known to who plans from now on, so this is not repeated
+            note = f"{error}: restarted instead, and nothing is inspected meanwhile"
+            report = self.establish(ledger, wanted, ask=ask, trial=trial, is_rollback=is_rollback, spared=spared)
+            return replace(report, notes=(note, *report.notes))
+        self._verify(execution, ledger, tx, wanted, is_rollback=is_rollback, spared=spared)
         netns = wanted.owner.netns
         notes = (*plan.kept, *self._filter_notes(netns), *self._queue_notes(netns, wanted.target))
         return Report(plan, notes=notes, pending=pending)
@@ -179,8 +204,10 @@ class App:
             _settle_undone(ledger, tx)
             raise
 
-    def plan(self, ledger: Ledger, owner: Owner, target: Target) -> tuple[Observed, Plan]:
-        """What is there, and what would make the target true; reads only."""
+    def plan(
+        self, ledger: Ledger, owner: Owner, target: Target, spared: frozenset[str] = frozenset()
+    ) -> tuple[Observed, Plan]:
+        """What is there, and what would make the target true but for what is spared; reads only."""
         observer = Observer(self.system, ledger)
         wanted = launches(owner.profile, owner.netns, target.processes, target.documents)
         observed = observer.observe(owner, target)
@@ -188,7 +215,7 @@ class App:
         if plan.adopted or any(isinstance(step, DeleteRegistration) for step in plan.steps):
             observed = observer.observe(owner, target, is_thorough=True)
             plan = plan_apply(target, wanted, observed, owner)
-        return observed, plan
+        return observed, plan_around(target, wanted, observed, owner, spared=spared) if spared else plan
 
     def _run(self, execution: Execution, ledger: Ledger, tx: int) -> None:
         try:
@@ -202,15 +229,28 @@ class App:
             _settle_undone(ledger, tx)
             raise OrchError(str(error)) from error
 
-    def _verify(self, execution: Execution, ledger: Ledger, tx: int, wanted: Wanted, *, is_rollback: bool) -> None:
+    def _verify(
+        self,
+        execution: Execution,
+        ledger: Ledger,
+        tx: int,
+        wanted: Wanted,
+        *,
+        is_rollback: bool,
+        spared: frozenset[str],
+    ) -> None:
         """Only an empty plan is success; what differs now, or cannot be looked at or written down, is undone."""
         try:
-            applied, problems = self._look_again(ledger, wanted)
+            is_known = bool(spared) and not any(isinstance(step, LoadRules) for step in execution.plan.steps)
+            applied, problems = self._look_again(ledger, wanted, spared, is_known=is_known)
         except EXPECTED as error:
             applied, problems = None, (str(error),)
         failure: OrchError = VerifyError("the system is not as declared after all steps: " + "; ".join(problems))
         if applied is not None and not problems:
             try:
+                if is_known:
+                    ledger.settle(tx)
+                    return
                 half_done = ledger.unsettled(wanted.owner)
                 ledger.settle_applied(
                     tx, applied, live=self._live_keys(), is_rollback=is_rollback, instead_of=half_done
@@ -224,14 +264,19 @@ class App:
         _settle_undone(ledger, tx)
         raise failure
 
-    def _look_again(self, ledger: Ledger, wanted: Wanted) -> tuple[Applied, tuple[str, ...]]:
-        """What the ledger will say, and what is not as it should be."""
+    def _look_again(
+        self, ledger: Ledger, wanted: Wanted, spared: frozenset[str], *, is_known: bool
+    ) -> tuple[Applied, tuple[str, ...]]:
+        """What the ledger will say, and what is not as it should be.
+
+        It says that already where rules were spared: how they list now is not how they should.
+        """
         owner, target = wanted.owner, wanted.target
-        applied = self._applied(wanted)
-        observed = Observer(self.system, ledger).observe(owner, target, applied=applied)
-        again = plan_apply(
-            target, launches(owner.profile, owner.netns, target.processes, target.documents), observed, owner
-        )
+        known = ledger.find(owner) if is_known else None
+        applied = known or self._applied(wanted)
+        observed = Observer(self.system, ledger).observe(owner, target, applied=None if known else applied)
+        started = launches(owner.profile, owner.netns, target.processes, target.documents)
+        again = plan_around(target, started, observed, owner, spared=spared)
         attached = {a.key for a in target.attachments}
         missing = sorted(attached - applied.baseline.helpers)
         problems = [f"{c.subject}: {c.detail} {c.reason}".strip(": ") for c in again.changes]
@@ -305,7 +350,7 @@ class App:
             mine = [owner for owner in everything.values() if is_asked_for(owner)]
             others = tuple(o for o in everything.values() if o not in mine)
             if any(Observer(self.system, ledger).is_there(owner.netns) for owner in mine):
-                self.refuse_while_pending(ledger, is_asked_for)
+                self.refuse_while_pending(ledger)
             mine = [self._reachable(ledger, owner) for owner in mine]
             # Every question comes before the first effect; each plan is made when those before it are carried out,
             # as two profiles may share what the last of them takes away.
@@ -400,33 +445,87 @@ class App:
         netns = pending.owner.netns
         is_gone = netns.path != "" and not Observer(self.system, ledger).is_there(netns)
         if pending.prior is None or is_gone:
-            return willing._teardown_one(ledger, self._reachable(ledger, pending.owner))
-        return willing.establish(ledger, pending.prior.wanted, ask=False, is_rollback=True)
+            report = willing._teardown_one(ledger, self._reachable(ledger, pending.owner))
+        else:
+            report = willing._return(ledger, pending.prior.wanted)
+        if report.leftovers:
+            ledger.reject(pending)
+        return report
+
+    def _return(self, ledger: Ledger, wanted: Wanted) -> Report:
+        """Take every step back, although some fail: what is not confirmed may have locked somebody out.
+
+        The ledger goes on to say what was applied on trial, and the next way back is planned from what is there then.
+        """
+        self._recognise(ledger, wanted.owner.netns)
+        observed, plan = self.plan(ledger, wanted.owner, wanted.target)
+        if plan.refusals:
+            raise PlanRefusedError(plan.refusals)
+        if plan.is_empty:
+            self._remember(ledger, wanted, observed, is_rollback=True)
+            return Report(plan, notes=plan.kept)
+        plan = relaunchable(plan, lambda p: _launch_of(p, observed))
+        tx = ledger.begin("rollback", wanted.owner, plan.steps)
+        leftovers = Execution(self.system, ledger, plan, tx, self.talk.step).run_all()
+        if not leftovers:
+            leftovers = self._settle_returned(ledger, tx, wanted)
+        if leftovers:
+            live = self._live_keys()
+            made = (step.registration for step in plan.steps if isinstance(step, CreateRegistration))
+            ledger.claim(registration for registration in made if registration.key in live)
+            ledger.settle(tx)
+        return Report(plan, leftovers=leftovers, notes=plan.kept)
+
+    def _settle_returned(self, ledger: Ledger, tx: int, wanted: Wanted) -> tuple[str, ...]:
+        """What differs from what was applied before; if nothing does, that is written down."""
+        try:
+            applied, problems = self._look_again(ledger, wanted, frozenset(), is_known=False)
+        except EXPECTED as error:
+            return (str(error),)
+        if not problems:
+            half_done = ledger.unsettled(wanted.owner)
+            ledger.settle_applied(tx, applied, live=self._live_keys(), is_rollback=True, instead_of=half_done)
+        return problems
 
     def _roll_back_overdue(self, ledger: Ledger, is_forgiven: Callable[[Owner], bool]) -> None:
         """Do what a watchdog should have done; what fails is tried again by the next command."""
         for pending in ledger.pending():
-            if self.system.clock.boottime() < pending.deadline_s or is_forgiven(pending.owner):
+            if pending.left_s(self.system.clock.boottime()) > 0 or is_forgiven(pending.owner):
                 continue
-            self.talk.warn(f"the apply of {pending.owner} was not confirmed in time: undoing it")
+            why = "could not be undone as a whole" if pending.is_rejected else "was not confirmed in time"
+            self.talk.warn(f"the apply of {pending.owner} {why}: undoing it")
             try:
                 left = self.roll_back(ledger, pending).leftovers
-            except RollbackError:
-                raise
-            except OrchError as error:
+            except EXPECTED as error:
                 left = (str(error),)
             for sentence in left:
                 self.talk.warn(f"it could not be undone: {sentence}")
 
-    def refuse_while_pending(self, ledger: Ledger, is_forgiven: Callable[[Owner], bool] = lambda _: False) -> None:
-        """What is done meanwhile might stand in the way back; what should have been undone by now may be forgiven."""
+    def refuse_while_pending(self, ledger: Ledger, renewed: Owner | None = None) -> None:
+        """What is done meanwhile might stand in the way back.
+
+        What should have been undone by now, and cannot be, is in nobody's way but in that of its own profile.
+        """
         for pending in ledger.waiting():
-            if self.system.clock.boottime() >= pending.deadline_s and is_forgiven(pending.owner):
-                continue
             name = pending.owner.profile
-            raise RefusedError(
-                f"{pending.owner} waits for its confirmation", hint=f"orch confirm {name}, or orch rollback {name}"
-            )
+            if pending.left_s(self.system.clock.boottime()) > 0:
+                raise RefusedError(
+                    f"{pending.owner} waits for its confirmation", hint=f"orch confirm {name}, or orch rollback {name}"
+                )
+            if pending.owner == renewed:
+                raise RefusedError(
+                    f"{pending.owner} was not confirmed, and could not be undone",
+                    hint=f"orch teardown {name} takes it away, orch confirm {name} keeps what there is",
+                )
+
+    def _guard_what_waits(self, ledger: Ledger) -> None:
+        """Somebody may have killed who would undo it."""
+        if not ledger.pending() or ledger.is_watched():
+            return
+        try:
+            self.guard()
+        except EXPECTED as error:
+            self.talk.warn(f"nobody is there who would undo what is not confirmed: {error}")
 
     # -- status -------------------------------------------------------------------------------------------------------
 
@@ -474,13 +573,13 @@ class App:
         except OrchError as error:
             return lost_profile(applied, str(error))
         seen = profile_status(applied, observed, plan, self.system, connections(owner.netns))
-        return replace(seen, mending=ledger.mending(owner).trouble)
+        now_s, drifted = self.system.clock.monotonic(), {change.subject for change in plan.changes}
+        return replace(seen, mending=ledger.mending(owner).trouble(now_s, drifted))
 
     def _trials(self, ledger: Ledger) -> Mapping[tuple[str, str], Waiting]:
         now_s, is_watched = self.system.clock.boottime(), ledger.is_watched()
         return {
-            (p.owner.profile, p.owner.netns.identity): Waiting(p.deadline_s - now_s, is_watched)
-            for p in ledger.pending()
+            (p.owner.profile, p.owner.netns.identity): Waiting(p.left_s(now_s), is_watched) for p in ledger.pending()
         }
 
     def _connections(self, netns: Netns) -> Mapping[str, int] | None:
@@ -502,14 +601,19 @@ class App:
     ) -> Iterator[Ledger]:
         """The ledger, locked for `command`, with nothing unfinished in it: how every command that writes begins.
 
-        What a killed command left is undone or finished first; raises RollbackError if that fails now, but for those
-        owners who are forgiven, as they are torn down anyway, and for the one who is applied anew.
+        What a killed command left is undone or finished first; raises RollbackError if half an apply cannot be undone
+        now, but for those owners who are forgiven, as they are torn down anyway, and for the one who is applied anew.
         """
         with contextlib.closing(self._open(create=True)) as ledger, self._locked(ledger, command):
-            self._settle(ledger, is_forgiven, renewed)
+            stuck = self._settle(ledger, is_forgiven, renewed)
             self._roll_back_overdue(ledger, is_forgiven)
             self._forget_history(ledger)
-            yield ledger
+            try:
+                if stuck and any(not unsettled.is_teardown for unsettled in ledger.unsettled()):
+                    raise stuck
+                yield ledger
+            finally:
+                self._guard_what_waits(ledger)
 
     def _open(self, *, create: bool) -> Ledger:
         return Ledger.open(self.state_dir, boot_id=self.boot_id, create=create)
@@ -554,7 +658,9 @@ class App:
             return target
         return replace(target, rules=replace(target.rules, backend=self.system.host.iptables_variant()))
 
-    def _settle(self, ledger: Ledger, is_forgiven: Callable[[Owner], bool], renewed: Owner | None) -> None:
+    def _settle(
+        self, ledger: Ledger, is_forgiven: Callable[[Owner], bool], renewed: Owner | None
+    ) -> RollbackError | None:
         """Take up what killed commands left, and forget profiles of namespaces whose identity is another's now."""
 
         def reach(owner: Owner) -> Netns | None:
@@ -564,8 +670,9 @@ class App:
         def finish(unsettled: Unsettled) -> tuple[str, ...]:
             return self._teardown_one(ledger, self._reachable(ledger, unsettled.owner)).leftovers
 
-        Settling(self.system, ledger, self.talk, reach, finish, is_forgiven, renewed).run()
+        stuck = Settling(self.system, ledger, self.talk, reach, finish, is_forgiven, renewed).run()
         self._forget_replaced(ledger, self.system.host.known_netns())
+        return stuck
 
 
 def _settle_undone(ledger: Ledger, tx: int) -> None:

@@ -72,7 +72,7 @@ def service(profile: str, *, argv: Sequence[str], netns: str, is_named: bool) ->
 
     Raises UsageError for a namespace that no boot will bring back under that name, and for a name that is taken.
     """
-    path = str(_NAMES / netns) if netns and "/" not in netns else netns
+    path = path_of(netns)
     label = Path(path).name
     if path.startswith("/proc/"):
         raise UsageError(f"{netns} is gone after a boot", hint="give the namespace a name: ip netns attach")
@@ -89,6 +89,11 @@ def service(profile: str, *, argv: Sequence[str], netns: str, is_named: bool) ->
         path=waits if path else "",
         netns_path=path.replace("%", "%%"),
     )
+
+
+def path_of(netns: str) -> str:
+    """The path of a namespace that was given by name or path; empty for the host's."""
+    return str(_NAMES / netns) if netns and "/" not in netns else netns
 
 
 def documents(unit: Service) -> tuple[Document, ...]:
@@ -122,10 +127,17 @@ def is_ours(text: str) -> bool:
 def enable(units: Iterable[Document], directory: Path, *, is_now: bool) -> tuple[str, ...]:
     """Write the units, enable them, and start them with `is_now`; the names of those that are new or other than before.
 
-    A failure leaves all as it was. Raises RefusedError for a file that is not as we wrote it, and OrchError.
+    A failure leaves all as it was. Raises RefusedError for a file that is not as we wrote it, or a service that is for
+    another namespace, and OrchError.
     """
     wanted = {directory / unit.name: unit.text for unit in units}
     before = _contents(wanted)
+    for path, text in before.items():
+        if text is not None and (there := _place(text)) != _place(wanted[path]):
+            raise RefusedError(
+                f"{path.name} is for {_said(there)} already",
+                hint="--netns gives another namespace units of its own, or orch disable takes those away",
+            )
     changed = tuple(path.name for path, text in wanted.items() if before[path] != text)
     names = [path.name for path in wanted]
     try:
@@ -141,14 +153,20 @@ def enable(units: Iterable[Document], directory: Path, *, is_now: bool) -> tuple
     return changed
 
 
-def disable(names: Iterable[str], directory: Path, *, is_now: bool) -> tuple[str, ...]:
+def disable(names: Iterable[str], directory: Path, *, is_now: bool, netns_path: str | None = None) -> tuple[str, ...]:
     """Disable units, stop them first with `is_now`, and remove their files; the names of those that were there.
 
-    Raises RefusedError for a file that is not as we wrote it, and OrchError.
+    Raises RefusedError for a file that is not as we wrote it, or a service that is for another namespace than that at
+    `netns_path` (empty for the host's, None for any), and OrchError.
     """
     there = {path: text for path, text in _contents(directory / name for name in names).items() if text is not None}
     if not there:
         return ()
+    for path, text in there.items():
+        if netns_path is not None and (place := _place(text)) not in (None, netns_path):
+            raise RefusedError(
+                f"{path.name} is for {_said(place)}", hint="orch disable with the name of the profile takes it away"
+            )
     found = tuple(path.name for path in there)
     if is_now:
         systemctl("stop", *sorted(found, key=lambda name: not name.endswith(".path")))  # it would start the service
@@ -185,6 +203,18 @@ def _contents(paths: Iterable[Path]) -> dict[Path, str | None]:
                 hint="move the changes into a drop-in (systemctl edit), and remove the file",
             )
     return texts
+
+
+def _place(text: str) -> str | None:
+    """The path of the namespace that a service is for, empty for the host's; None for what is no such service."""
+    if not re.search(r"^ExecStart=.* run ", text, re.MULTILINE):
+        return None
+    found = re.search(r"^ConditionPathExists=(.*)$", text, re.MULTILINE)
+    return found[1].replace("%%", "%") if found else ""
+
+
+def _said(netns_path: str | None) -> str:
+    return f"netns {netns_path}" if netns_path else "the namespace of the host"
 
 
 def _write(texts: Mapping[Path, str | None]) -> None:

@@ -88,7 +88,7 @@ def roll_back(app: App, wanted: str, *, to: int | None, ask: bool) -> Rollback:
         owner = _only(owner for owner in ledger.remembered() if app.is_asked_for(owner, wanted))
         if owner is None:
             raise RefusedError("there is no history to go back in", hint="orch history shows what was applied")
-        app.refuse_while_pending(ledger)
+        app.refuse_while_pending(ledger, owner)
         applied = ledger.find(owner)
         ledger.forget_mending(owner)
         line = _line(ledger.history(owner), applied, to)

@@ -7,7 +7,7 @@ lately is in the ledger.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -17,7 +17,7 @@ from orchestrator.execute import EXPECTED
 from orchestrator.journal import Ledger
 from orchestrator.ports import ProcessState
 from orchestrator.reports import PlanRefusedError
-from orchestrator.state import Applied, Change, Mending, Owner, Plan, Repair, Scope
+from orchestrator.state import Applied, Change, Held, Mending, Owner, Plan, Repair, Scope
 
 _PAUSE_S = 0.5
 _AGAIN_S = 0.5
@@ -27,7 +27,10 @@ _AT_WORK = (ProcessState.STARTING, ProcessState.BACKOFF, ProcessState.STOPPING)
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Nothing is mended more often than `repairs` times within `within_s`; then it is left alone for `quiet_s`."""
+    """Nothing is mended more often than `repairs` times within `within_s`; then it is left alone for `quiet_s`.
+
+    What is mended besides is none of its concern: one thing that others fight over does not keep it from the rest.
+    """
 
     repairs: int = 5
     within_s: float = 60.0
@@ -49,7 +52,7 @@ class Outcome(StrEnum):
 class MendReport:
     """What became of one profile. `reason` is why it is not mended; `is_news` is false for what was said before.
 
-    `again_in_s` is when to look again, 0 for at leisure.
+    `again_in_s` is when to look again, 0 for at leisure. With `is_partial` not all that has drifted was mended.
     """
 
     owner: Owner
@@ -58,19 +61,18 @@ class MendReport:
     reason: str = ""
     is_news: bool = True
     again_in_s: float = 0.0
+    is_partial: bool = False
 
 
-def wait_s(mending: Mending, subjects: Iterable[str], now_s: float, limits: Limits) -> float | None:
+def wait_s(mending: Mending, subject: str, now_s: float, limits: Limits) -> float | None:
     """How long what has drifted must wait: not at all the first time, then ever longer; None if it is fought over."""
-    wanted = set(subjects)
-    recent = [r for r in mending.repairs if r.subject in wanted and now_s - r.at < limits.within_s]
-    often = max(Counter(repair.subject for repair in recent).values(), default=0)
-    if not often:
+    recent = [r.at for r in mending.repairs if r.subject == subject and now_s - r.at < limits.within_s]
+    if not recent:
         return 0.0
-    if often >= limits.repairs:
+    if len(recent) >= limits.repairs:
         return None
-    pause_s: float = min(_PAUSE_S * 2 ** (often - 1), limits.within_s / limits.repairs)
-    return max(0.0, max(repair.at for repair in recent) + pause_s - now_s)
+    pause_s: float = min(_PAUSE_S * 2 ** (len(recent) - 1), limits.within_s / limits.repairs)
+    return max(0.0, max(recent) + pause_s - now_s)
 
 
 def mend(app: App, owner: Owner, limits: Limits, *, is_dry_run: bool = False) -> MendReport:
@@ -100,21 +102,41 @@ def _first_look(app: App, ledger: Ledger, owner: Owner, *, is_dry_run: bool) -> 
     if applied is None:
         return MendReport(owner, Outcome.RIGHT)
     plan = app.plan(ledger, owner, applied.target)[1]
-    mending = ledger.mending(owner)
-    is_right = plan.is_empty and not plan.refusals
+    mending, now_s = ledger.mending(owner), app.system.clock.monotonic()
+    is_right = _is_right(plan)
     if is_dry_run:
         return MendReport(owner, Outcome.RIGHT if is_right else Outcome.DIFFERS, plan.changes, _refused(plan))
-    if is_right and not mending.trouble and not ledger.unsettled():
-        return MendReport(owner, Outcome.RIGHT)
     if is_right:
-        return None
-    if app.system.clock.monotonic() < mending.held_until:
-        return MendReport(owner, Outcome.GIVEN_UP, plan.changes, mending.trouble, is_news=False)
+        return None if mending.failure or ledger.unsettled() else MendReport(owner, Outcome.RIGHT)
     if _is_on_trial(ledger, owner):
         reason = "it has to be confirmed first"
         return MendReport(owner, Outcome.WAITING, plan.changes, reason, again_in_s=_TRIAL_AGAIN_S)
-    at_work = _at_work(app, applied, plan)
+    rest = _sparing(app, ledger, applied, plan, mending.held_at(now_s))
+    if _is_right(rest):
+        return None if ledger.unsettled() else _left_alone(owner, plan, mending, now_s)
+    at_work = _at_work(app, applied, rest)
     return MendReport(owner, Outcome.WAITING, plan.changes, at_work, again_in_s=_AGAIN_S) if at_work else None
+
+
+def _is_right(plan: Plan) -> bool:
+    return plan.is_empty and not plan.refusals
+
+
+def _sparing(app: App, ledger: Ledger, applied: Applied, plan: Plan, spared: frozenset[str]) -> Plan:
+    """What of a plan is left when some of its subjects are."""
+    if spared.isdisjoint(change.subject for change in plan.changes):
+        return plan
+    return app.plan(ledger, applied.owner, applied.target, spared)[1]
+
+
+def _left_alone(owner: Owner, plan: Plan, mending: Mending, now_s: float) -> MendReport:
+    reason = mending.trouble(now_s, _subjects(plan))
+    return MendReport(owner, Outcome.GIVEN_UP, plan.changes, reason, is_news=False)
+
+
+def _subjects(plan: Plan) -> tuple[str, ...]:
+    """What a plan changes, each once."""
+    return tuple(dict.fromkeys(change.subject for change in plan.changes))
 
 
 def _at_work(app: App, applied: Applied, plan: Plan) -> str:
@@ -131,26 +153,40 @@ def _mend(app: App, ledger: Ledger, owner: Owner, limits: Limits) -> MendReport:
     if applied is None or _is_on_trial(ledger, owner):
         return MendReport(owner, Outcome.RIGHT)
     plan = app.plan(ledger, owner, applied.target)[1]
-    mending = ledger.mending(owner)
-    if plan.is_empty and not plan.refusals:
-        _remember(ledger, owner, replace(mending, trouble=""))
-        return MendReport(owner, Outcome.RIGHT)
     now_s = app.system.clock.monotonic()
-    subjects = [change.subject for change in plan.changes]
-    pause_s = wait_s(mending, subjects, now_s, limits)
-    if pause_s is None:
-        return _give_up(ledger, owner, plan, _held(mending, subjects, now_s, limits))
-    if pause_s:
-        return MendReport(owner, Outcome.WAITING, plan.changes, "it was mended a moment ago", again_in_s=pause_s)
-    recent = tuple(r for r in mending.repairs if now_s - r.at < limits.within_s)
-    if not plan.refusals:
-        mending = replace(mending, repairs=(*recent, *(Repair(subject, now_s) for subject in subjects)))
-        _remember(ledger, owner, mending)
-    trouble = _establish(app, ledger, applied)
-    _remember(ledger, owner, replace(mending, trouble=trouble))
-    if trouble:
-        return MendReport(owner, Outcome.FAILED, plan.changes, trouble, is_news=trouble != mending.trouble)
-    return MendReport(owner, Outcome.MENDED, plan.changes)
+    mending = _forget_old(ledger.mending(owner), now_s, limits)
+    if _is_right(plan):
+        _remember(ledger, owner, replace(mending, failure=""))
+        return MendReport(owner, Outcome.RIGHT)
+    held, waits = mending.held_at(now_s), {s: wait_s(mending, s, now_s, limits) for s in _subjects(plan)}
+    fought_over = [subject for subject, pause_s in waits.items() if pause_s is None and subject not in held]
+    if fought_over:
+        return _give_up(ledger, owner, plan, _hold(mending, fought_over, now_s, limits), fought_over)
+    pauses = {subject: pause_s for subject, pause_s in waits.items() if pause_s and subject not in held}
+    rest = _sparing(app, ledger, applied, plan, held.union(pauses))
+    again_in_s = min(pauses.values(), default=0.0)
+    if not _is_right(rest):
+        return _mend_rest(app, ledger, applied, mending, plan=plan, rest=rest, again_in_s=again_in_s)
+    if pauses:
+        return MendReport(owner, Outcome.WAITING, plan.changes, "it was mended a moment ago", again_in_s=again_in_s)
+    return _left_alone(owner, plan, mending, now_s)
+
+
+def _mend_rest(
+    app: App, ledger: Ledger, applied: Applied, mending: Mending, *, plan: Plan, rest: Plan, again_in_s: float
+) -> MendReport:
+    """Mend what is to be done now. It is remembered before the first effect, so that being killed counts as well."""
+    owner, now_s, subjects = applied.owner, app.system.clock.monotonic(), _subjects(rest)
+    begun = replace(mending, repairs=(*mending.repairs, *(Repair(subject, now_s) for subject in subjects)))
+    spared = frozenset(_subjects(plan)).difference(subjects)
+    if not rest.refusals and not rest.cut:
+        _remember(ledger, owner, begun)
+        mending = begun
+    failure = _establish(app, ledger, applied, spared) if not rest.cut else _what_is_cut(rest)
+    _remember(ledger, owner, replace(mending, failure=failure))
+    if failure:
+        return MendReport(owner, Outcome.FAILED, rest.changes, failure, is_news=failure != mending.failure)
+    return MendReport(owner, Outcome.MENDED, rest.changes, again_in_s=again_in_s, is_partial=bool(spared))
 
 
 def _is_on_trial(ledger: Ledger, owner: Owner) -> bool:
@@ -158,31 +194,50 @@ def _is_on_trial(ledger: Ledger, owner: Owner) -> bool:
     return any((pending.owner.profile, pending.owner.netns.identity) == at for pending in ledger.pending())
 
 
-def _establish(app: App, ledger: Ledger, applied: Applied) -> str:
-    """Make it true again; why it is not, if it is not."""
+def _establish(app: App, ledger: Ledger, applied: Applied, spared: frozenset[str]) -> str:
+    """Make it true again but for what is spared; why it is not, if it is not."""
     try:
-        report = app.establish(ledger, applied.wanted, ask=False)
+        report = app.establish(ledger, applied.wanted, ask=False, spared=spared)
     except Interrupted:
         raise
     except EXPECTED as error:
         return _say(error)
-    cut = report.plan.cut
-    return f"{cut} live connections would lose their helper: orch apply asks first" if report.declined else ""
+    return _what_is_cut(report.plan) if report.declined else ""
 
 
-def _held(mending: Mending, subjects: list[str], now_s: float, limits: Limits) -> Mending:
-    often = Counter(r.subject for r in mending.repairs if now_s - r.at < limits.within_s)
-    subject = max(subjects, key=lambda subject: often[subject])
-    trouble = (
-        f"{subject} was mended {often[subject]} times within {limits.within_s:g} s and changes again: "
-        f"left alone for {limits.quiet_s / 60:g} min, or until orch apply"
+def _what_is_cut(plan: Plan) -> str:
+    return f"{plan.cut} live connections would lose their helper: orch apply asks first"
+
+
+def _forget_old(mending: Mending, now_s: float, limits: Limits) -> Mending:
+    return replace(
+        mending,
+        repairs=tuple(repair for repair in mending.repairs if now_s - repair.at < limits.within_s),
+        held=tuple(held for held in mending.held if now_s < held.until),
     )
-    return replace(mending, held_until=now_s + limits.quiet_s, trouble=trouble)
 
 
-def _give_up(ledger: Ledger, owner: Owner, plan: Plan, mending: Mending) -> MendReport:
+def _hold(mending: Mending, subjects: Iterable[str], now_s: float, limits: Limits) -> Mending:
+    often = Counter(repair.subject for repair in mending.repairs)
+    held = (
+        Held(
+            subject,
+            now_s + limits.quiet_s,
+            f"{subject} was mended {often[subject]} times within {limits.within_s:g} s and changes again: "
+            f"left alone for {limits.quiet_s / 60:g} min, or until orch apply",
+        )
+        for subject in subjects
+    )
+    return replace(mending, held=(*mending.held, *held))
+
+
+def _give_up(ledger: Ledger, owner: Owner, plan: Plan, mending: Mending, given_up: Collection[str]) -> MendReport:
+    """Say what is left alone from now on; the next look, which is soon, mends the rest."""
     _remember(ledger, owner, mending)
-    return MendReport(owner, Outcome.GIVEN_UP, plan.changes, mending.trouble)
+    changes = tuple(change for change in plan.changes if change.subject in given_up)
+    reason = "; ".join(held.reason for held in mending.held if held.subject in given_up)
+    again_in_s = _AGAIN_S if len(changes) < len(plan.changes) else 0.0
+    return MendReport(owner, Outcome.GIVEN_UP, changes, reason, again_in_s=again_in_s)
 
 
 def _remember(ledger: Ledger, owner: Owner, mending: Mending) -> None:

@@ -49,6 +49,10 @@ class RefusedError(OrchError):
     """What is asked would break something that is not this profile's; nothing was changed."""
 
 
+class LedgerVersionError(OrchError):
+    """A newer orch wrote the ledger: this one neither understands it nor empties it; nothing was changed."""
+
+
 class StalePlanError(OrchError):
     """The system changed between plan and execution; nothing was changed."""
 
@@ -59,6 +63,10 @@ class UsageError(OrchError):
 
 class HelperProcessError(OrchError):
     """A helper process did not start, did not become ready, or did not stop."""
+
+
+class NoHandoverError(HelperProcessError):
+    """A process gives its queues to no successor, and goes on as it was; it can be restarted instead."""
 
 
 class VerifyError(OrchError):
@@ -104,6 +112,10 @@ class KernelError(OrchError):
         self.operation = operation
         self.key = key
         self.errno = errno
+
+
+class HalfDoneError(KernelError):
+    """The kernel refused a part of an operation, and then to take back what was done of it."""
 
 
 def errno_name(number: int) -> str:

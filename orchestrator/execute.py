@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from orchestrator.errors import HelperProcessError, Interrupted, KernelError, OrchError, RollbackError
+from orchestrator.errors import HalfDoneError, HelperProcessError, Interrupted, KernelError, OrchError, RollbackError
 from orchestrator.journal import Ledger
 from orchestrator.model import Netns, Registration, Rules, Status
 from orchestrator.ports import Launch, ProcessSeen, System
@@ -38,7 +38,10 @@ from orchestrator.state import (
 EXPECTED = (OrchError, OSError, ValueError)
 
 # Steps that may have done something although they failed; the others do all or nothing.
-_IN_PARTS = (StartProcess, StopProcess, ServeQueues, FlushRules, RemoveRules, DeleteRegistration)
+_IN_PARTS = (StartProcess, StopProcess, SucceedProcess, ServeQueues, FlushRules, RemoveRules, DeleteRegistration)
+
+# What says nothing of what the kernel did: its answer did not come.
+_UNANSWERED = (errno.ENOBUFS, errno.EINTR)
 
 _POLL_S = 0.02
 _log = logging.getLogger(__name__)
@@ -77,7 +80,7 @@ class Execution:
             try:
                 self._take(sequence, step)
             except EXPECTED as error:
-                if isinstance(step, _IN_PARTS):
+                if _may_have_acted(step, error):
                     self._done.append((sequence, step))
                 else:
                     self._note_undone(sequence)
@@ -85,7 +88,8 @@ class Execution:
         self._stop_if_interrupted()
 
     def run_all(self) -> tuple[str, ...]:
-        """Take every step although some fail, as teardown does; returns one sentence for each that was not done.
+        """Take every step although some fail, as teardown and the way back of a trial do; returns one sentence for each
+        that was not done.
 
         What would do harm after a failure is left out: a process stays while its registration could not be disabled,
         a registration while rules that name it could not be removed.
@@ -96,6 +100,7 @@ class Execution:
             self._stop_if_interrupted()
             if reason := hazards.forbid(step):
                 failures.append(f"{describe(step)}: not tried, as {reason}")
+                hazards.note(step)
                 continue
             try:
                 self._take(sequence, step)
@@ -136,6 +141,13 @@ class Execution:
         raise cause
 
 
+def _may_have_acted(step: Step, error: Exception) -> bool:
+    """Whether a step that failed is to be undone like those that did not."""
+    if isinstance(step, _IN_PARTS) or isinstance(error, HalfDoneError):
+        return True
+    return isinstance(error, KernelError) and error.errno in _UNANSWERED
+
+
 @dataclass(slots=True)
 class _Hazards:
     """What failed so far, and what would do harm after that."""
@@ -144,11 +156,14 @@ class _Hazards:
     is_needed: bool = False
     has_rules: bool = False
     is_torn: bool = False
+    still_there: set[str] = field(default_factory=set)
 
     def note(self, failed: Step) -> None:
         match failed:
             case StartProcess() | SucceedProcess() | ServeQueues():
                 self.is_deaf = True
+            case StopProcess(process):
+                self.still_there.add(process.name)
             case UpdateRegistration(before, after):
                 is_moved = before.queue_num != after.queue_num
                 self.is_needed = self.is_needed or is_moved or after.status is Status.DISABLED
@@ -168,11 +183,19 @@ class _Hazards:
                 return "nobody would listen"
             case StopProcess() | SucceedProcess() | ServeQueues() | DeleteRegistration() if self.is_needed:
                 return "a registration could not be disabled, or still has the other queue"
+            case KeepRegistrations(registrations) if self.is_needed and any(map(_is_enabled, registrations)):
+                return "a registration still has the other queue"
+            case StartProcess(launch) if launch.spec.name in self.still_there:
+                return "the other one of that name did not end"
             case DeleteRegistration() if self.has_rules:
                 return "rules could not be removed"
             case LoadRules() if self.is_torn:
                 return "a registration is not as it was"
         return ""
+
+
+def _is_enabled(registration: Registration) -> bool:
+    return registration.status is Status.ENABLED
 
 
 def lead_back(
@@ -254,8 +277,8 @@ def perform(step: Step, system: System, netns: Netns, *, is_undo: bool = False) 
             for seen in _running(system, netns, process.profile, process.name):
                 if not (is_undo and seen.digest != process.digest):
                     system.processes.stop(seen)
-        case SucceedProcess(before, after, _):
-            _succeed(system, netns, before, after, is_undo=is_undo)
+        case SucceedProcess():
+            return _succeed_again(system, netns, step) if is_undo else bool(system.processes.succeed(step.after))
         case ServeQueues(launch, _, after):
             system.processes.serve(launch, after)
         case WatchProcess(launch, process):
@@ -336,20 +359,27 @@ def _running(system: System, netns: Netns, profile: str, name: str) -> list[Proc
     return [p for p in system.processes.running() if (p.netns, p.profile, p.name) == wanted]
 
 
-def _succeed(system: System, netns: Netns, before: Launch | None, after: Launch, *, is_undo: bool) -> None:
-    """Hand over; on the way back to one that serves no queue but its own, and that is started if none runs.
+def _succeed_again(system: System, netns: Netns, step: SucceedProcess) -> bool:
+    """On the way back: hand over to one that serves no queue but its own, and that is started if none runs.
 
-    Then it may have lost its supervisor: to hand over starts another.
+    Nothing is to do where nobody took over after all: after an upgrade, what can be started is not what ran before. A
+    process may have lost its supervisor: to hand over starts another.
     """
-    seen = _running(system, netns, after.profile, after.spec.name) if is_undo else []
-    if is_undo and not any(p.pid and (p.hands_over or p.digest != after.digest) for p in seen):
+    before, after = step.before, step.after
+    system.processes.settle(after)
+    seen = [p for p in _running(system, netns, after.profile, after.spec.name) if p.pid]
+    is_back = any(p.digest == step.process.digest for p in seen)
+    if not is_back and not any(p.hands_over or p.digest != after.digest for p in seen):
         _start(system, netns, after, is_undo=True)
-        return
-    system.processes.succeed(after)
-    surplus = tuple(sorted(set(before.spec.queues).difference(after.spec.queues))) if before else ()
-    if is_undo and surplus:
+        return True
+    if not is_back:
+        system.processes.succeed(after)
+    bound = {row.queue_num for row in system.host.queues(netns)}
+    surplus = tuple(sorted(bound & set(before.spec.queues).difference(after.spec.queues))) if before else ()
+    if surplus:
         perform(DrainQueues(surplus), system, netns)
         system.processes.serve(after, after.spec.queues)
+    return bool(surplus) or not is_back
 
 
 def _drain(system: System, netns: Netns, queues: tuple[int, ...], within_s: float) -> None:

@@ -9,11 +9,18 @@ import errno
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from orchestrator.engine.counters import Snapshot
-from orchestrator.errors import HelperProcessError, KernelError, PreflightError
+from orchestrator.errors import (
+    HalfDoneError,
+    HelperProcessError,
+    KernelError,
+    NoHandoverError,
+    OrchError,
+    PreflightError,
+)
 from orchestrator.model import (
     HELPER_PROGRAM,
     Backend,
@@ -58,6 +65,7 @@ MACHINE = Machine(
 
 _OBJECT = re.compile(r'type "([^"]+)" protocol (tcp|udp);?\s*l3proto (ip6?)')
 _TARGET = re.compile(r"-p (tcp|udp)\b.*--helper (\S+)")
+_TYPE = re.compile(r"Type (\S+) (inet6?) (\S+) \{\s+QueueNum ([0-9]+)")
 
 
 @dataclass(slots=True)
@@ -94,11 +102,13 @@ class FakeKernel:
     """A host. `delete_ignores_references` is how 7.3 deletes; before it a referenced helper answers EBUSY.
 
     `fail_at(n, errno)` makes the n-th modifying call (from 0) fail; `calls` is the log of them. `on_modify` is told
-    of each before it takes effect, and may raise whatever is to go wrong there.
+    of each before it takes effect, and between the parts of one that is no single transaction of the kernel; it may
+    raise whatever is to go wrong there. `not_ready` are processes that have not bound their queues yet.
     `gone` are namespaces whose name was deleted. `programs` are those installed; `deaf_programs` start but never bind
-    a queue; `dying_programs` end at once, and so do `dying_successors`, which are names of processes. `counters` and
-    `last_words` are what processes say, by name, `supervised` and `lifetimes` what supervisors say, by profile and
-    namespace; `reconciled` are those told to mend.
+    a queue; `dying_programs` end at once, and so do `dying_successors`, which are names of processes; those in
+    `keeping` hand over nothing, which shows when they are asked. `counters` and `last_words` are what processes say, by
+    name, `supervised` and `lifetimes` what supervisors say, by profile and namespace; `reconciled` are those told to
+    mend.
     """
 
     delete_ignores_references: bool = False
@@ -117,7 +127,9 @@ class FakeKernel:
     deaf_programs: set[str] = field(default_factory=set)
     dying_programs: set[str] = field(default_factory=set)
     dying_successors: set[str] = field(default_factory=set)
+    keeping: set[str] = field(default_factory=set)
     running_processes: dict[int, tuple[ProcessSeen, Launch]] = field(default_factory=dict)
+    not_ready: set[int] = field(default_factory=set)
     counters: dict[str, Snapshot] = field(default_factory=dict)
     last_words: dict[str, str] = field(default_factory=dict)
     supervised: dict[tuple[str, str], tuple[Supervised, ...]] = field(default_factory=dict)
@@ -237,6 +249,25 @@ class FakeKernel:
         if number:
             raise KernelError(operation, key, number)
 
+    def go_on(self, operation: str, key: str) -> None:
+        """The next part of a modifying call."""
+        if self.on_modify is not None:
+            self.on_modify(operation, key)
+
+    def become_ready(self) -> None:
+        """What was started binds its queues, whether or not anybody waits for it."""
+        for pid in sorted(self.not_ready & set(self.running_processes)):
+            _, launch = self.running_processes[pid]
+            for number in launch.spec.queues:
+                self.at(launch.netns).queues[number] = QueueRow(number, pid, 0, 0, 0, 0)
+        self.not_ready.clear()
+
+    def adopt(self, launch: Launch) -> None:
+        """A supervisor that is asked for something is there from then on, and looks after all of its profile."""
+        for pid, (seen, own) in self.running_processes.items():
+            if (seen.profile, seen.netns) == (launch.profile, launch.netns.identity):
+                self.running_processes[pid] = (replace(seen, watched=True), own)
+
     def pid_of(self, launch: Launch) -> int:
         """The process that runs under the name of another one, 0 if none does."""
         wanted = (launch.profile, launch.netns.identity, launch.spec.name)
@@ -322,10 +353,53 @@ class FakeRules:
         space, at = self.kernel.at(netns), (self.backend, rules.profile)
         # A table that is replaced in place keeps its helper objects, and what those found.
         kept = space.bound.get(at, {}) if at in space.rules and self.backend.is_nftables else {}
+        self._load_one_by_one(space, rules)
         space.bound[at] = {key: kept.get(key, self.kernel.times_made[key]) for key in references(rules)}
         space.rules[at] = rules
         space.flushed.discard(at)
         space.tampered.pop(at, None)
+
+    def _load_one_by_one(self, space: FakeNetns, rules: Rules) -> None:
+        """Where two families are two commits, come to what is between them; if it fails there, go back."""
+        at = (self.backend, rules.profile)
+        before = space.rules.get(at)
+        half = self._half(before, rules)
+        if half is None:
+            return
+        space.rules[at] = half
+        try:
+            self.kernel.go_on("load rules of another family", rules.profile)
+        except OrchError:
+            try:
+                self.kernel.go_on("put back rules", rules.profile)
+            except KernelError as error:
+                raise HalfDoneError(error.operation, error.key, error.errno) from error
+            del space.rules[at]
+            if before is not None:
+                space.rules[at] = before
+            raise
+
+    def _take_one_by_one(self, space: FakeNetns, operation: str, profile: str) -> None:
+        """The same where rules are taken away; nothing is put back then."""
+        at = (self.backend, profile)
+        before = space.rules.get(at)
+        half = self._half(before, None)
+        if half is not None:
+            space.rules[at] = half
+            self.kernel.go_on(f"{operation} of another family", profile)
+            if before is not None:
+                space.rules[at] = before
+
+    def _half(self, before: Rules | None, after: Rules | None) -> Rules | None:
+        """What there is when the first family is as after a change, and the second as before; None if there is one."""
+        documents = [{d.name: d for d in rules.documents} if rules else {} for rules in (before, after)]
+        families = sorted({**documents[0], **documents[1]})
+        known = before or after
+        if self.backend.is_nftables or len(families) < 2 or known is None:
+            return None
+        found = [documents[1].get(families[0]), *(documents[0].get(name) for name in families[1:])]
+        digest = "" if before and after else known.digest  # the two families may not say the same
+        return replace(known, digest=digest, documents=tuple(d for d in found if d is not None))
 
     def listing(self, netns: Netns, profile: str) -> Listing | None:
         space, at = self.kernel.at(netns), (self.backend, profile)
@@ -341,11 +415,13 @@ class FakeRules:
 
     def flush(self, netns: Netns, profile: str) -> None:
         self.kernel.modify("flush rules", profile)
+        self._take_one_by_one(self.kernel.at(netns), "flush rules", profile)
         self.kernel.at(netns).flushed.add((self.backend, profile))
 
     def remove(self, netns: Netns, profile: str) -> None:
         self.kernel.modify("remove rules", profile)
         space, at = self.kernel.at(netns), (self.backend, profile)
+        self._take_one_by_one(space, "remove rules", profile)
         space.rules.pop(at, None)
         space.flushed.discard(at)
         space.tampered.pop(at, None)
@@ -471,12 +547,13 @@ class FakeHost:
 
 @dataclass(frozen=True, slots=True)
 class FakeProcesses:
-    """Processes. conntrackd enables the stock registrations that it was told to serve at its start, others do not."""
+    """Processes. conntrackd takes the stock registrations that it was told to serve for itself at its start."""
 
     kernel: FakeKernel
 
     def running(self) -> tuple[ProcessSeen, ...]:
         self.kernel.now += 0.001  # time passes, and with it the age of what runs
+        self.kernel.become_ready()
         return tuple(replace(seen, since_s=self.kernel.now) for seen, _ in self.kernel.running_processes.values())
 
     def start(self, launch: Launch) -> int:
@@ -488,17 +565,20 @@ class FakeProcesses:
             raise HelperProcessError(f"{launch.spec.name} ended at once")
         if program in kernel.deaf_programs or set(launch.spec.queues) & set(space.queues):
             raise HelperProcessError(f"{launch.spec.name} runs, but does not listen on its queues")
-        for key in launch.spec.keys:
-            if program == "conntrackd" and not key.name.endswith("-us") and key in kernel.registrations:
-                kernel.registrations[key] = replace(kernel.registrations[key], status=Status.ENABLED)
+        for key, number in _stock_keys(launch) if program == "conntrackd" else ():
+            if key in kernel.registrations:
+                stock = kernel.registrations[key]
+                kernel.registrations[key] = replace(stock, status=Status.ENABLED, queue_num=number)
         pid, kernel._next_pid = kernel._next_pid, kernel._next_pid + 1
-        for queue in launch.spec.queues:
-            space.queues[queue] = QueueRow(queue, pid, 0, 0, 0, 0)
         seen = ProcessSeen(
             launch.profile, launch.netns.identity, launch.spec.name, pid, launch.digest, 0.0, watched=True
         )
         seen = replace(seen, hands_over=program == HELPER_PROGRAM, queues=launch.spec.queues)
         kernel.running_processes[pid] = (seen, launch)
+        kernel.adopt(launch)
+        kernel.not_ready.add(pid)
+        kernel.go_on("wait for", launch.spec.name)
+        kernel.become_ready()
         return pid
 
     def succeed(self, launch: Launch) -> int:
@@ -509,6 +589,10 @@ class FakeProcesses:
         taken = [number for number in spec.queues if number in queues and queues[number].port_id != before]
         if not before or spec.name in kernel.dying_successors or taken:
             raise HelperProcessError(f"{spec.name} goes on as it was: its successor ended at once")
+        if spec.name in kernel.keeping and kernel.running_processes[before][0].digest != launch.digest:
+            self._close_door(before)
+            raise NoHandoverError(f"{spec.name} hands over nothing (it does not answer)")
+        kernel.adopt(launch)
         seen, _ = kernel.running_processes.pop(before)
         if seen.digest == launch.digest:
             kernel.running_processes[before] = (seen, launch)
@@ -522,6 +606,13 @@ class FakeProcesses:
         for number in (*bound, *spec.queues):
             queues[number] = replace(queues.get(number) or QueueRow(number, pid, 0, 0, 0, 0), port_id=pid)
         return pid
+
+    def settle(self, launch: Launch) -> None:
+        """Who takes over here does so at once."""
+
+    def _close_door(self, pid: int) -> None:
+        seen, launch = self.kernel.running_processes[pid]
+        self.kernel.running_processes[pid] = (replace(seen, hands_over=False), launch)
 
     def serve(self, launch: Launch, queues: tuple[int, ...]) -> None:
         self.kernel.modify("serve queues", launch.spec.name)
@@ -541,7 +632,8 @@ class FakeProcesses:
 
     def watch(self, launch: Launch, process: ProcessSeen) -> None:
         self.kernel.modify("watch", process.name)
-        self.kernel.running_processes[process.pid] = (replace(process, watched=True), launch)
+        self.kernel.running_processes[process.pid] = (process, launch)
+        self.kernel.adopt(launch)
 
     def counters(self, profile: str, netns: Netns, name: str) -> Snapshot | None:
         return self.kernel.counters.get(name)
@@ -565,6 +657,13 @@ class FakeProcesses:
     def cleanup(self, profile: str, netns: Netns) -> None:
         self.kernel.modify("clean up", profile)
         self.kernel.reconciled.discard((profile, netns.identity))
+
+
+def _stock_keys(launch: Launch) -> Iterator[tuple[HelperKey, int]]:
+    """What conntrackd.conf names, each with its queue."""
+    for name, family, l4proto, number in _TYPE.findall("\n".join(launch.files.values())):
+        l3proto = L3Proto.IP6 if family == "inet6" else L3Proto.IP
+        yield HelperKey(name, l3proto, L4Proto(l4proto)), int(number)
 
 
 @dataclass(frozen=True, slots=True)

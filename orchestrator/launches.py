@@ -8,8 +8,9 @@ import tomllib
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
+from shutil import which
 
-from orchestrator.model import HELPER_PROGRAM, Document, Netns, ProcessSpec
+from orchestrator.model import HELPER_PROGRAM, SEARCH_PATH, Document, Netns, ProcessSpec
 from orchestrator.ports import Launch
 
 _PACKAGE = Path(__file__).parent
@@ -34,11 +35,23 @@ def _digest(spec: ProcessSpec, files: dict[str, str]) -> str:
 
 
 def _code(spec: ProcessSpec, files: dict[str, str]) -> str:
-    """What a native helper process runs of ours and of installed packages; a user's own helper is among the files."""
+    """What a native helper process runs of ours and of installed packages; a user's own helper is among the files.
+
+    A program of others is another one when its file is, as after an upgrade of its package.
+    """
     if spec.argv[0] != HELPER_PROGRAM:
-        return ""
+        return _program(spec.argv[0])
     said = tomllib.loads(files[spec.argv[-1]])
     return _engine() if said["file"] else f"{_engine()} {_helper(said['use'])}"
+
+
+def _program(name: str) -> str:
+    """The file that is executed now; it has the times of its package."""
+    found = which(name, path=SEARCH_PATH)
+    if found is None:
+        return ""
+    status = Path(found).stat()
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 @cache

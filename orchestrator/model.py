@@ -287,6 +287,9 @@ class NativeHelper:
 HELPER_PROGRAM = "orch-helper"
 """How the command line of a native helper process begins; the launcher knows which program that is."""
 
+SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+"""Where programs of others are looked for."""
+
 
 @dataclass(frozen=True, slots=True)
 class ProcessSpec:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from orchestrator import catalogue
-from orchestrator.errors import OrchError
+from orchestrator.errors import PreflightError
 from orchestrator.journal import Ledger
 from orchestrator.model import (
     HELPER_PROGRAM,
@@ -153,7 +153,7 @@ class Observer:
         """Whether the path of a namespace leads to it still, and not to another."""
         try:
             return self.system.host.find_netns(netns.path).identity == netns.identity and not self.is_another(netns)
-        except OrchError:
+        except PreflightError:
             return False
 
     def is_another(self, netns: Netns) -> bool:
@@ -161,7 +161,7 @@ class Observer:
         known = self.ledger.cookie(netns)
         try:
             return known != 0 and known != self.system.host.netns_cookie(netns)
-        except OrchError:
+        except PreflightError:
             return False
 
     def _baseline(
@@ -207,10 +207,10 @@ class Observer:
 
 
 def or_nothing(look: Callable[[Netns], Iterable[T]], netns: Netns) -> Iterable[T]:
-    """What a look into a namespace gives; nothing where the namespace has gone meanwhile."""
+    """What a look into a namespace gives; nothing where it has gone meanwhile, or may not be entered."""
     try:
         return look(netns)
-    except OrchError:
+    except PreflightError:
         return ()
 
 

@@ -31,6 +31,7 @@ from orchestrator.plan_rules import (
     rules_changes,
     rules_reason_of,
 )
+from orchestrator.plan_standin import StandIn, plan_stand_in
 from orchestrator.ports import Launch, ProcessSeen
 from orchestrator.state import (
     Action,
@@ -62,7 +63,8 @@ from orchestrator.state import (
 def plan_apply(target: Target, launches: tuple[Launch, ...], observed: Observed, owner: Owner) -> Plan:
     """What makes `target` true in the observed namespace. `launches` are its processes with their files."""
     registrations = plan_registrations(target, observed)
-    processes = plan_processes(launches, observed)
+    stand_in = plan_stand_in(target, launches, observed)
+    processes = plan_processes(launches, observed, stand_in)
     stale_rules = observed.stale | {r.key for r in (*registrations.create, *(r for _, r in registrations.replace))}
     rules_reason = rules_reason_of(target.rules, observed, attached={a.key for a in target.attachments} & stale_rules)
     refusals = (
@@ -73,7 +75,7 @@ def plan_apply(target: Target, launches: tuple[Launch, ...], observed: Observed,
         *refuse_foreign_table(observed),
     )
     modules = tuple(m for m in target.modules if m not in observed.modules)
-    steps = _apply_steps(target, observed, registrations, processes, modules, rules_reason)
+    steps = _apply_steps(target, observed, registrations, processes, stand_in, modules, rules_reason)
     losing = (*(before for before, _ in registrations.replace), *registrations.leaving.retire)
     cut = connections_cut(observed, [r.key for r in losing])
     return Plan(
@@ -141,19 +143,24 @@ def _apply_steps(
     observed: Observed,
     registrations: RegistrationPlan,
     processes: ProcessPlan,
+    stand_in: StandIn | None,
     modules: tuple[str, ...],
     rules_reason: str,
 ) -> tuple[Step, ...]:
     leaving = registrations.leaving
     stopped = {p.name for p in processes.stop}
     started = {launch.spec.name for launch in processes.start}
-    quiet = _to_quieten(target, observed, registrations, stopped)
+    stood_in = {r.key for r in stand_in.served} if stand_in else set()
+    drained_later = stand_in.numbers.keys() if stand_in else set()
+    quiet = _to_quieten(target, observed, registrations, stopped, but=stood_in)
     disabled = {r.key for r in quiet}
-    waiting = tuple(sorted({r.queue_num for r in quiet} & {q.queue_num for q in observed.queues}))
+    waiting = tuple(sorted(({r.queue_num for r in quiet} & {q.queue_num for q in observed.queues}) - drained_later))
     must_drain = bool(waiting) and bool(stopped or registrations.replace)
     fresh = (*registrations.create, *(after for _, after in registrations.replace))
-    held, finals = _value_updates(registrations.update, disabled)
-    kept = _keep(target, observed, fresh, quiet, held, started | stopped)
+    held, finals = _value_updates(tuple(u for u in registrations.update if u[0].key not in stood_in), disabled)
+    switch = stand_in.switch if stand_in else ()
+    kept_before = _keep(target, observed, fresh, quiet, [], started | stopped) if stand_in else []
+    kept = _keep(target, observed, fresh, quiet, [*held, *switch], started | stopped)
     unload, load = _rules_steps(target, observed, observed.stale | {r.key for r in fresh}, rules_reason)
     others = [RemoveRules(loaded_rules(x, observed, target.profile)) for x in other_listings(target.rules, observed)]
     is_replacing = bool(registrations.replace)
@@ -168,12 +175,14 @@ def _apply_steps(
         *(_delete(r) for r, _ in registrations.replace),
         *(CreateRegistration(replace(r, status=Status.DISABLED)) for r in fresh),
         *processes.succeed,
+        *(stand_in.take_over(kept_before) if stand_in else ()),
         *held,
         *kept,
         *(StopProcess(p, None) for p in processes.stop_first),
         *(StartProcess(launch) for launch in processes.start),
         *kept,
         *(WatchProcess(launch, seen) for launch, seen in processes.watch),
+        *(stand_in.switch_back(registrations.update) if stand_in else ()),
         *_enable(target, {r.key for r in fresh} | disabled | set(finals)),
         *([] if is_replacing else unload),
         *load,
@@ -181,6 +190,7 @@ def _apply_steps(
         *(unqueued if surplus else []),
         *surplus,
         *(step for begun in processes.succeed for step in _leave_queues(begun, observed)),
+        *(stand_in.leave() if stand_in else ()),
         *_enable_for_others(target, leaving, quiet),
         *(_delete(r) for r in leaving.retire),
         *([SetReconcile(target.profile, target.reconcile)] if is_told_otherwise else []),
@@ -201,13 +211,13 @@ def _enable_for_others(target: Target, leaving: Leaving, quiet: list[Registratio
 
 
 def _to_quieten(
-    target: Target, observed: Observed, registrations: RegistrationPlan, stopped: set[str]
+    target: Target, observed: Observed, registrations: RegistrationPlan, stopped: set[str], *, but: set[HelperKey]
 ) -> list[Registration]:
-    """Live registrations to disable first: their listener stops, or they are about to go."""
+    """Live registrations to disable first: their listener stops, and nobody stands in for it, or they are to go."""
     live = {r.key: r for r in observed.registrations}
     leaving = registrations.leaving
     going = (*(before for before, _ in registrations.replace), *leaving.retire, *leaving.disable)
-    served = _served(target, observed, stopped)
+    served = _served(target, observed, stopped) - but
     return [live[key] for key in sorted(served | {r.key for r in going}) if key in live]
 
 
@@ -313,8 +323,8 @@ def relaunchable(plan: Plan, launch_of: Callable[[ProcessSeen], Launch | None]) 
 
     def known(step: Step) -> Step:
         match step:
-            case StopProcess(process, _):
-                return StopProcess(process, launch_of(process))
+            case StopProcess(process, launch):
+                return StopProcess(process, launch or launch_of(process))
             case SucceedProcess(_, after, process):
                 return SucceedProcess(launch_of(process), after, process)
             case _:

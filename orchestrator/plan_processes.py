@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from orchestrator.model import HELPER_PROGRAM, ProcessSpec
+from orchestrator.plan_standin import StandIn
 from orchestrator.ports import Launch, ProcessSeen
 from orchestrator.state import Action, Change, Observed, Refusal, Scope, SucceedProcess
 
@@ -30,7 +31,7 @@ class ProcessPlan:
         return (*self.stop_first, *self.stop_last)
 
 
-def plan_processes(launches: tuple[Launch, ...], observed: Observed) -> ProcessPlan:
+def plan_processes(launches: tuple[Launch, ...], observed: Observed, stand_in: StandIn | None) -> ProcessPlan:
     running = {p.name: p for p in observed.processes}
     succeed: list[SucceedProcess] = []
     start: list[Launch] = []
@@ -52,9 +53,9 @@ def plan_processes(launches: tuple[Launch, ...], observed: Observed) -> ProcessP
         elif reason:
             restart.append(seen)
             start.append(launch)
-            changes.append(
-                Change(Action.UPDATE, Scope.PROCESS, launch.spec.name, f"restart, {queues}", reason, _UNINSPECTED)
-            )
+            is_stood_in = stand_in is not None and stand_in.name == launch.spec.name
+            how, effect = ("replace behind a stand-in", "") if is_stood_in else ("restart", _UNINSPECTED)
+            changes.append(Change(Action.UPDATE, Scope.PROCESS, launch.spec.name, f"{how}, {queues}", reason, effect))
         elif not seen.pid:
             waiting.append(launch)  # and others listen on its queues
         elif not seen.watched:

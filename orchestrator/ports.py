@@ -119,7 +119,10 @@ class RuleBackend(Protocol):
     """One way of writing rules; works in the namespace it is given. Loading is atomic per document."""
 
     def load(self, netns: Netns, rules: Rules) -> None:
-        """Replace the rules of this profile in place."""
+        """Replace the rules of this profile in place.
+
+        Raises KernelError if nothing was done, and HalfDoneError if some of it was, and stays.
+        """
 
     def listing(self, netns: Netns, profile: str) -> Listing | None:
         """What is loaded for a profile, None if nothing; loads no kernel module."""
@@ -318,7 +321,11 @@ class Processes(Protocol):
         """Let a new process take over the queues of the one that runs under its name; returns the pid.
 
         The new one listens on queues of both then. Raises HelperProcessError if it does not; the other one goes on.
+        That is a NoHandoverError where the other one is to blame: it `hands_over` no more, but can be restarted.
         """
+
+    def settle(self, launch: Launch) -> None:
+        """Wait until no process is about to take over under that name, as a killed orch may have asked one to."""
 
     def serve(self, launch: Launch, queues: tuple[int, ...]) -> None:
         """Let the process of that name serve just these queues: what waits in others is dropped.

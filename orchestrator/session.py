@@ -215,9 +215,14 @@ def render_target(desired: Desired, templates: Path | None) -> Target:
 def make_app(session: Session, *, netns: str | None, state_dir: Path, wait_s: float = 10.0) -> App:
     from orchestrator import app, reports
 
+    def guard() -> None:
+        from orchestrator import watchdog
+
+        watchdog.start(state_dir)
+
     talk = reports.Talk(session.step, session.warn, session.confirm, lambda: session.signal_number)
     state_dir = state_dir.resolve()  # processes are found by its text
-    return app.App(app.kernel_system(state_dir), state_dir, app.boot_id(), talk, netns, wait_s)
+    return app.App(app.kernel_system(state_dir), state_dir, app.boot_id(), talk, netns, wait_s, guard)
 
 
 def warn_all(session: Session, desired: Desired) -> None:

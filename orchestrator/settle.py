@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from orchestrator.errors import OrchError, RollbackError
-from orchestrator.execute import lead_back
+from orchestrator.errors import Interrupted, OrchError, RollbackError
+from orchestrator.execute import EXPECTED, lead_back
 from orchestrator.journal import Ledger
 from orchestrator.model import Netns
 from orchestrator.ports import System
@@ -27,9 +27,9 @@ _HOST_WIDE = (CreateRegistration, UpdateRegistration, DeleteRegistration, KeepRe
 class Settling:
     """`reach` finds the way into a namespace, None where it is gone; `finish` takes up a teardown.
 
-    Both ways give back a sentence for each step that could not be undone or done. For those who are forgiven, as
-    they are about to be torn down, and for the one who is about to be applied anew, that is a warning: the journal
-    keeps what is half-done until that has succeeded.
+    Both ways give back a sentence for each step that could not be undone or done. Of a teardown, which is planned anew
+    each time, that is a warning; so it is for those who are forgiven, as they are about to be torn down, and for the
+    one who is about to be applied anew: the journal keeps what is half-done until that has succeeded.
     """
 
     system: System
@@ -40,24 +40,42 @@ class Settling:
     is_forgiven: Callable[[Owner], bool]
     renewed: Owner | None
 
-    def run(self) -> None:
-        """Raises RollbackError, with what is left, if something can be neither undone nor finished now."""
-        for unsettled in reversed(self.ledger.unsettled()):
-            self._settle(unsettled)
+    def run(self) -> RollbackError | None:
+        """Settle everything that can be; what nothing else may be done before, if half an apply cannot be undone now.
 
-    def _settle(self, unsettled: Unsettled) -> None:
+        To undo it later would undo what others did to the registrations that it changed.
+        """
+        stuck = [
+            (unsettled, left) for unsettled in reversed(self.ledger.unsettled()) if (left := self._settle(unsettled))
+        ]
+        if not stuck:
+            return None
+        first, leftovers = stuck[0][0], tuple(sentence for _, left in stuck for sentence in left)
+        return RollbackError(OrchError(f"{first.sentence}, and undoing it failed"), leftovers)
+
+    def _settle(self, unsettled: Unsettled) -> tuple[str, ...]:
+        """What is left, if others must wait for it."""
         verb = "finishing" if unsettled.is_teardown else "undoing"
         self.talk.warn(f"{unsettled.sentence}: {verb} it")
-        leftovers = self.finish(unsettled) if unsettled.is_teardown else self._undo(unsettled)
+        leftovers = self._lead(unsettled)
         if not leftovers:
-            return
+            return ()
         is_renewed = self.renewed is not None and unsettled.is_of(self.renewed)
-        if not (is_renewed or self.is_forgiven(unsettled.owner)):
-            raise RollbackError(OrchError(f"{unsettled.sentence}, and {verb} it failed"), leftovers)
+        if not (unsettled.is_teardown or is_renewed or self.is_forgiven(unsettled.owner)):
+            return leftovers
         for sentence in leftovers:
-            self.talk.warn(sentence)
+            self.talk.warn(f"left: {sentence}")
         live = {r.key for r in self.system.registry.dump()}
         self.ledger.claim(r for r in unsettled.registrations if r.key in live)
+        return ()
+
+    def _lead(self, unsettled: Unsettled) -> tuple[str, ...]:
+        try:
+            return self.finish(unsettled) if unsettled.is_teardown else self._undo(unsettled)
+        except Interrupted:
+            raise
+        except EXPECTED as error:
+            return (str(error),)
 
     def _undo(self, unsettled: Unsettled) -> tuple[str, ...]:
         """What was in a namespace that is gone went with it; only what is the host's is left to undo."""

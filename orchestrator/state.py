@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -81,6 +81,7 @@ class Pending:
     """An apply that is undone at its deadline unless somebody confirms it; `prior` is what was applied before it.
 
     `deadline_s` is on the boot clock (CLOCK_BOOTTIME: it goes on while the host sleeps); `within_s` was asked for.
+    `is_rejected`: it is to be undone whatever the time, as somebody has begun to.
     """
 
     owner: Owner
@@ -88,6 +89,11 @@ class Pending:
     prior: Applied | None
     within_s: float
     deadline_s: float
+    is_rejected: bool = False
+
+    def left_s(self, now_s: float) -> float:
+        """How long it may still be confirmed; 0 or less when it is overdue."""
+        return min(0.0, self.deadline_s - now_s) if self.is_rejected else self.deadline_s - now_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,15 +113,29 @@ class Repair:
 
 
 @dataclass(frozen=True, slots=True)
-class Mending:
-    """What watching has done for a profile lately. `trouble` is why it does not mend it now, empty if it does.
+class Held:
+    """What is left alone, and why, until then, in seconds of the monotonic clock: it was mended too often."""
 
-    Nothing is mended before `held_until`, in seconds of the monotonic clock.
-    """
+    subject: str
+    until: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Mending:
+    """What watching has done for a profile lately. `failure` is why the rest is not mended, empty if it is."""
 
     repairs: tuple[Repair, ...] = ()
-    held_until: float = 0.0
-    trouble: str = ""
+    held: tuple[Held, ...] = ()
+    failure: str = ""
+
+    def held_at(self, now_s: float) -> frozenset[str]:
+        return frozenset(held.subject for held in self.held if now_s < held.until)
+
+    def trouble(self, now_s: float, subjects: Collection[str]) -> str:
+        """Why it does not mend what has drifted, which is `subjects`; empty if it does."""
+        held = (held.reason for held in self.held if now_s < held.until and held.subject in subjects)
+        return "; ".join(filter(None, (*held, self.failure)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
 """The process that undoes an apply which nobody confirms: `python -P -m orchestrator.watchdog STATE_DIR`.
 
 It belongs to no terminal, HUP, INT and TERM do nothing to it, and it holds nothing of the command that started it. One
-of them is at work on a state directory, for all that waits there; further ones stand behind it. It sleeps until the
-ledger changes or a deadline comes, and ends once nothing waits any more.
+of them is at work on a state directory, for all that waits there; further ones stand behind it, and it starts one if
+there is none of its own: where it is killed that one is at work at once. It sleeps until the ledger changes or a
+deadline comes, and ends once nothing waits any more.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import math
 import os
 import select
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from orchestrator import app
-from orchestrator.errors import OrchError
+from orchestrator.errors import LedgerVersionError, OrchError
 from orchestrator.execute import EXPECTED, Outcome
 from orchestrator.journal import Ledger
 from orchestrator.reports import Talk
@@ -36,30 +37,36 @@ _LOCK_WAIT_S = 600.0  # whoever holds the lock for longer is waited for again
 _AGAIN_AFTER_S = 30.0
 _LOG_LEN = 1 << 18  # it may try again for days
 _CHANGES = inotify.MODIFIED | inotify.CREATED | inotify.DELETED | inotify.MOVED_IN
-_ANY = (*EXPECTED, sqlite3.Error)
+_SECOND_AGAIN_S = 1.0  # one that ends at once is not started again and again
+_NEVER_S = 1e9
 _TFD_TIMER_ABSTIME = 1  # timerfd_settime(2); TFD_NONBLOCK and TFD_CLOEXEC are O_NONBLOCK and O_CLOEXEC
 _log = logging.getLogger(__name__)
 
 
 def start(state_dir: Path) -> None:
     """Start one, and come back once it is ready. Raises OrchError if it does not get there."""
-    passed = {name: value for name, value in os.environ.items() if not name.startswith("ORCH_")}
-    with (state_dir / LOG).open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "orchestrator.watchdog", str(state_dir)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            cwd="/",
-            env=passed,
-            start_new_session=True,
-        )
+    process = _started(state_dir, subprocess.PIPE)
     assert process.stdout is not None
     with process.stdout as said:
         is_ready = said.read(len(_READY)) == _READY
     process.returncode = 0  # it is meant to outlive us: no warning about a child that was not reaped
     if not is_ready:
         raise OrchError("nobody could be started who would undo it", where=f"its log is {state_dir / LOG}")
+
+
+def _started(state_dir: Path, said: int) -> subprocess.Popen[bytes]:
+    """A watchdog that may not be ready yet, which it says to `said`. Raises OSError."""
+    passed = {name: value for name, value in os.environ.items() if not name.startswith("ORCH_")}
+    with (state_dir / LOG).open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "orchestrator.watchdog", str(state_dir)],
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=log,
+            cwd="/",
+            env=passed,
+            start_new_session=True,
+        )
 
 
 def main(state_dir: Path) -> None:
@@ -82,17 +89,24 @@ class Watchdog:
         self._timer = _Timer()
         self._changes = Inotify()
         self._changes.add(str(app.state_dir), _CHANGES)
+        self._second = _Second(app.state_dir, not_before_s=self._clock.boottime() + _SECOND_AGAIN_S)
         self._known: tuple[Pending, ...] = ()
         self._trouble = ""
 
     def run(self, ready: Callable[[], None]) -> None:
+        if not self._has_ledger():
+            return
         with contextlib.closing(self._open()) as ledger, ledger.watched(ready):
             not_before_s = 0.0
             while waiting := self._pending():
-                self._sleep(until_s=max(not_before_s, min(one.deadline_s for one in waiting)))
-                if self._clock.boottime() >= not_before_s and self._is_overdue():
+                now_s = self._clock.boottime()
+                overdue_s = now_s + min(one.left_s(now_s) for one in waiting)
+                if max(overdue_s, not_before_s) <= now_s:
                     self._undo()
                     not_before_s = self._clock.boottime() + _AGAIN_AFTER_S
+                    continue
+                again_s = self._second.be_there(now_s)
+                self._sleep(until_s=min(max(overdue_s, not_before_s), again_s))
 
     def _undo(self) -> None:
         """Settling undoes what is overdue; what could not be undone is tried again."""
@@ -103,36 +117,68 @@ class Watchdog:
         try:
             with self._app.settled("rollback of what nobody confirmed"):
                 pass
-        except _ANY as error:
+        except EXPECTED as error:
             _log.error("%s", error)
 
-    def _is_overdue(self) -> bool:
-        now_s = self._clock.boottime()
-        return any(one.deadline_s <= now_s for one in self._pending())
-
     def _pending(self) -> tuple[Pending, ...]:
-        """Nothing, where somebody took the ledger away; what was known, where it cannot be read."""
-        if not (self._app.state_dir / "ledger.sqlite").exists():
+        """Nothing, where the ledger was taken away or is a newer orch's; what was known, where it cannot be read."""
+        if not self._has_ledger():
             return ()
         try:
             with contextlib.closing(self._open()) as ledger:
                 self._known = ledger.pending()
             self._trouble = ""
-        except _ANY as error:
+        except LedgerVersionError as error:
+            _log.error("%s", error)
+            return ()
+        except EXPECTED as error:
             if str(error) != self._trouble:  # what is written into our log wakes us again
                 _log.error("%s", error)
             self._trouble = str(error)
         return self._known
+
+    def _has_ledger(self) -> bool:
+        return (self._app.state_dir / "ledger.sqlite").exists()
 
     def _open(self) -> Ledger:
         """For writing: only so a ledger is repaired whose writer was killed."""
         return Ledger.open(self._app.state_dir, boot_id=self._app.boot_id, create=True)
 
     def _sleep(self, *, until_s: float) -> None:
-        """Until that moment of the boot clock, or until something is written in the state directory."""
+        """Until that moment of the boot clock, or until the second one ends, or something is written."""
         self._timer.set(until_s)
-        select.select([self._timer.fileno(), self._changes.fileno()], [], [])
+        select.select([self._timer.fileno(), self._changes.fileno(), *self._second.descriptors], [], [])
         self._changes.read()
+
+
+class _Second:
+    """A watchdog behind this one, which takes over when this one is killed.
+
+    It is not started at once, as an apply is under way then.
+    """
+
+    def __init__(self, state_dir: Path, *, not_before_s: float) -> None:
+        self._state_dir = state_dir
+        self._process: subprocess.Popen[bytes] | None = None
+        self._not_before_s = not_before_s
+        self.descriptors: list[int] = []
+
+    def be_there(self, now_s: float) -> float:
+        """Start one if there is none; when to try that again, by the boot clock."""
+        if self._process and self._process.poll() is None:
+            return math.inf
+        while self.descriptors:
+            os.close(self.descriptors.pop())
+        if now_s < self._not_before_s:
+            return self._not_before_s
+        self._not_before_s = now_s + _SECOND_AGAIN_S
+        try:
+            self._process = _started(self._state_dir, subprocess.DEVNULL)
+            self.descriptors.append(os.pidfd_open(self._process.pid))
+        except OSError as error:
+            _log.error("nobody stands behind this one: %s", error)
+            return self._not_before_s
+        return math.inf
 
 
 class _Timer:
@@ -148,7 +194,7 @@ class _Timer:
 
     def set(self, moment_s: float) -> None:
         """0 would be never."""
-        seconds, fraction = divmod(max(moment_s, 0.001), 1)
+        seconds, fraction = divmod(min(max(moment_s, 0.001), _NEVER_S), 1)
         setting = (ctypes.c_long * 4)(0, 0, int(seconds), int(fraction * 1e9))
         _check(self._libc.timerfd_settime(self._descriptor, _TFD_TIMER_ABSTIME, setting, None))
 

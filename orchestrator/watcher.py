@@ -6,10 +6,11 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 
 from orchestrator.app import App
-from orchestrator.drift import MendReport
+from orchestrator.drift import MendReport, Outcome
 from orchestrator.errors import Interrupted, OrchError, PreflightError
 from orchestrator.kernel.netns import entered, find
 from orchestrator.model import Netns
@@ -192,6 +193,8 @@ def look_once(
     for owner in owners:
         report = mend(owner)
         while report.again_in_s and report.again_in_s <= within_s:
+            if report.outcome is not Outcome.WAITING:
+                reports.append(replace(report, is_partial=False))  # the next one tells of the rest
             sleep(report.again_in_s)
             within_s -= report.again_in_s
             if number := interrupted():

@@ -1,9 +1,10 @@
 """A matrix of faults, made from plans: every kind of plan x every call that changes something x what can happen there.
 
-A run is a list of events: modifying calls of the fake kernel, and commits of the ledger. At each event in turn orch is
-killed (a kill after an event is one before the next) or told to stop, or the event fails as it can fail on a real
-host, once or from then on. The laws are those of `Point.try_it`. `python -m tests.faults` tries everything and prints
-how many points.
+A run is a list of events: modifying calls of the fake kernel, the parts of those that are several transactions, and
+commits of the ledger. At each event in turn orch is killed (a kill after an event is one before the next) or told to
+stop, its supervisor is killed, the event fails as it can fail on a real host, once or from then on, or it is done and
+the answer is lost. Beside that, at each look at the host, and each statement of the ledger, that fails. The laws are
+those of `Point.try_it`. `python -m tests.faults` tries everything and prints how many points.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from orchestrator.errors import HelperProcessError, KernelError, OrchError, Roll
 from orchestrator.fake import FakeKernel
 from orchestrator.model import HELPER_PROGRAM, HelperKey, L3Proto, L4Proto, Policy, QueueRow, Registration, Status
 from orchestrator.reports import TeardownReport, Trial
-from orchestrator.status import HostStatus
+from orchestrator.status import HostStatus, ProfileStatus
+from tests.adapters import CHANGES, LOOKS, wrapped
 from tests.hosts import Harness, both
 
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # as /run is: a ledger on a disk is many times slower
@@ -55,7 +57,20 @@ ERRNOS = {
 }
 OTHERS = (errno.EPERM, errno.EIO)
 COMMIT = "commit"
+READING, WRITING = "reading the ledger", "writing the ledger"
 STARTS = ("start", "hand over")
+OF_SUPERVISORS = (*STARTS, "stop", "watch", "serve queues")
+OF_FILES = ("reconcile", "do not reconcile", "clean up")
+UNWATCHED, GONE = " unwatched", "its supervisor is gone"
+AMONG = "of another family"
+PARTS = (f"load rules {AMONG}", f"flush rules {AMONG}", f"remove rules {AMONG}", "put back rules", "wait for")
+LOOKS_FAIL = {
+    "registry": (errno.EINTR, errno.ENOBUFS, errno.EPERM),
+    "rules": (errno.EINTR, errno.ENOBUFS, errno.EPERM),
+    "host": (errno.EIO, errno.EMFILE, errno.ENOMEM),
+    "processes": (errno.EMFILE, errno.EIO),
+}
+LOOKS_ALIKE = 7  # each seventh look of a run: many are the same, at another moment
 ALIKE = 5  # each fifth point of a scenario that differs little from another one
 PROGRAMS = ("conntrackd", HELPER_PROGRAM)
 
@@ -78,16 +93,24 @@ class Fault:
 
 KILL = Fault("kill")
 SIGNAL = Fault("signal")
+ORPHAN = Fault("supervisor killed")
+LOST = Fault("answer lost")
 
 
 @dataclass(slots=True)
 class Events:
-    """What one command did, and the faults to come, by the place of their event."""
+    """What one command did, and the faults to come, by the place of their event.
+
+    `looks` are looks at the host and statements of the ledger, and `blind` is the one that fails.
+    """
 
     orch: Harness
     kernel: FakeKernel
     faults: Mapping[int, Fault] = field(default_factory=dict)
+    blind: Blind | None = None
     names: list[str] = field(default_factory=list)
+    looks: list[str] = field(default_factory=list)
+    lost: Exception | None = None
     is_dead: bool = False
 
     def happen(self, operation: str, key: str = "") -> None:
@@ -103,8 +126,33 @@ class Events:
         if fault is not None:
             self._strike(fault, operation, key)
 
+    def look(self, name: str) -> None:
+        """A look at the host, or a statement of the ledger, is about to be taken."""
+        place = len(self.looks)
+        self.looks.append(name)
+        blind = self.blind
+        if blind and (place == blind.place or (blind.is_lasting and place > blind.place)) and name == blind.name:
+            raise blind.error()
+
+    def around(self, name: str, call: Callable[[], Any]) -> Any:
+        """A call of an adapter."""
+        port, _, method = name.partition(".")
+        if method in LOOKS.get(port, ()):
+            self.look(name)
+        result = call()
+        lost, self.lost = self.lost, None
+        if lost:
+            raise lost
+        return result
+
     def _strike(self, fault: Fault, operation: str, key: str) -> None:
         match fault.what:
+            case "answer lost":
+                self.lost = lost_answer(operation, key)
+            case "supervisor killed":
+                lose_supervisors(self.orch, self.kernel)
+            case "silent":
+                raise HelperProcessError(f"{key}: its supervisor does not answer")
             case "dies" | "never ready" if operation == "hand over":
                 raise HelperProcessError(f"{key} goes on as it was: its successor ended at once")
             case "kill":
@@ -124,26 +172,70 @@ class Events:
                 raise KernelError(operation, key, number)
 
 
+def lost_answer(operation: str, key: str) -> Exception:
+    """What a call says that has done its work, and does not know it."""
+    if operation in OF_SUPERVISORS:
+        return HelperProcessError(f"{key}: its supervisor does not answer")
+    return OSError(errno.EIO, key) if operation in OF_FILES else KernelError(operation, key, errno.ENOBUFS)
+
+
+@dataclass(frozen=True, slots=True)
+class Blind:
+    """A look, or a statement of the ledger, that fails, once or all of its name from then on."""
+
+    place: int
+    name: str
+    number: int = 0
+    is_lasting: bool = False
+
+    def __str__(self) -> str:
+        number = errno.errorcode[self.number] if self.number else "disk I/O error"
+        return f"{self.name} fails with {number}{', from then on' if self.is_lasting else ''}"
+
+    def error(self) -> Exception:
+        if self.name in (READING, WRITING):
+            return sqlite3.OperationalError("disk I/O error")
+        if self.name.startswith(("registry", "rules", "host.connections")):
+            return KernelError("list", self.name, self.number)
+        return OSError(self.number, "cannot look", self.name)
+
+
 class Connection(sqlite3.Connection):
-    """A connection to a ledger whose commits are events."""
+    """A connection to a ledger whose commits are events, and other statements like looks at a host."""
 
     events: Events | None = None
 
     def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
         if sql == "COMMIT" and Connection.events is not None:
             Connection.events.happen(COMMIT)
+        self._look(sql)
         return super().execute(sql, *parameters)
+
+    def executemany(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
+        self._look(sql)
+        return super().executemany(sql, *parameters)
+
+    def executescript(self, sql: str) -> sqlite3.Cursor:
+        self._look(sql)
+        return super().executescript(sql)
+
+    @staticmethod
+    def _look(sql: str) -> None:
+        if Connection.events is not None and not sql.startswith(("COMMIT", "ROLLBACK")):
+            Connection.events.look(READING if sql.startswith("SELECT") else WRITING)
 
 
 @contextmanager
 def recording(events: Events) -> Iterator[None]:
     """Commits of every ledger that is opened meanwhile, and modifying calls, happen in `events`."""
     Connection.events, events.kernel.on_modify = events, events.happen
+    system, events.orch.system = events.orch.system, wrapped(events.orch.system, events.around, LOOKS, CHANGES)
     try:
         with patch.object(sqlite3, "connect", Connection):
             yield
     finally:
         Connection.events, events.kernel.on_modify = None, None
+        events.orch.system = system
         events.kernel.dying_programs = events.kernel.deaf_programs = set()
 
 
@@ -179,6 +271,7 @@ class Ran:
     """What happened in a command, whether it came to its end, and whether it said that it left something."""
 
     events: tuple[str, ...]
+    looks: tuple[str, ...]
     is_done: bool
     is_partial: bool
 
@@ -191,7 +284,7 @@ class Scenario:
     `is_one_way`: the kernel refuses the state that was there, so it cannot always be brought back; that is said then.
     `killed_before`: the command was run before, and killed at its event of that place (negative: from its end).
     `fails_at` is an event of the command that fails, so that it is on its way back when the next fault comes.
-    `every`: only each n-th point is tried, as another scenario is alike.
+    `every`: only each n-th point is tried, as another scenario is alike; of looks it is each n-th of `looks_alike`.
     """
 
     name: str
@@ -203,6 +296,7 @@ class Scenario:
     killed_before: int | None = None
     fails_at: str = ""
     every: int = 1
+    looks_alike: int = LOOKS_ALIKE
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,11 +307,20 @@ class Case:
     start: Snapshot
     given: Mapping[int, Fault]
     events: tuple[str, ...]
+    looks: tuple[str, ...]
     new: str
     known: Mapping[str, list[Knowledge]]
 
     def points(self) -> list[Point]:
-        return list(self._points())[:: self.scenario.every]
+        return [*list(self._points())[:: self.scenario.every], *self._blind_points()]
+
+    def _blind_points(self) -> Iterator[Point]:
+        """Looks take turns: some fail, each fourth of these from then on, with one of its errnos."""
+        every = self.scenario.looks_alike * self.scenario.every
+        first = sum(map(ord, self.scenario.name)) % every  # not always the same ones of scenarios that are alike
+        for turn, (place, name) in enumerate(list(enumerate(self.looks))[first::every]):
+            numbers = LOOKS_FAIL.get(name.partition(".")[0], (0,))
+            yield Point(self, place, Blind(place, name, numbers[turn % len(numbers)], is_lasting=turn % 4 == 0))
 
     def _points(self) -> Iterator[Point]:
         first = max(self.given, default=-1) + 1
@@ -234,25 +337,34 @@ def faults_of(operation: str) -> Iterator[Fault]:
         return
     if operation:
         yield SIGNAL
+    if operation in (*OF_SUPERVISORS, "wait for", "load rules", "update helper"):
+        yield ORPHAN
+    if operation == "wait for":
+        yield Fault("silent")
+        return
+    if operation and operation not in (*PARTS, "load module"):
+        yield LOST
     if operation in STARTS:
         yield from (Fault("missing"), Fault("dies"), Fault("never ready"), Fault(errno.ENOMEM))
         yield from (Fault("missing", is_lasting=True), Fault("never ready", is_lasting=True))
     elif operation:
-        numbers = ERRNOS.get(operation, OTHERS)
+        numbers = ERRNOS.get(operation.removesuffix(AMONG).strip(), OTHERS)
         yield from map(Fault, numbers)
         yield Fault(numbers[-1], is_lasting=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One fault at one event of one case."""
+    """One fault at one event of one case, or at one look."""
 
     case: Case
     place: int
-    fault: Fault
+    fault: Fault | Blind
 
     def __str__(self) -> str:
         events = self.case.events
+        if isinstance(self.fault, Blind):
+            return f"{self.case.scenario.name}: {self.fault} at look {self.place} of {len(self.case.looks)}"
         where = f"{self.place} ({events[self.place]})" if self.place < len(events) else f"{self.place} (the end)"
         return f"{self.case.scenario.name}: {self.fault} at event {where}"
 
@@ -265,14 +377,28 @@ class Point:
         """
         start: FakeKernel = pickle.loads(self.case.start.kernel)
         with self.case.start.host() as (orch, kernel):
-            ran = run(orch, kernel, self.case.scenario.act, {**self.case.given, self.place: self.fault})
+            ran = self._run(orch, kernel)
+            check(kernel, start)
+            kernel.become_ready()
             check(kernel, start)
             after = snapshot(orch, kernel)
-            is_clean = self._look(orch, kernel, is_partial=ran.is_partial)
-        for follow in self._follows(is_clean=is_clean, is_partial=ran.is_partial):
+            is_partial = ran.is_partial or (self._is_cut_short(ran) and state(kernel) not in self.case.known)
+            is_clean = self._look(orch, kernel, is_partial=is_partial)
+        for follow in self._follows(is_clean=is_clean, is_partial=is_partial):
             with after.host() as (orch, kernel):
                 follow(orch, kernel)
                 check(kernel, start)
+
+    def _run(self, orch: Harness, kernel: FakeKernel) -> Ran:
+        if isinstance(self.fault, Blind):
+            return run(orch, kernel, self.case.scenario.act, self.case.given, self.fault)
+        return run(orch, kernel, self.case.scenario.act, {**self.case.given, self.place: self.fault})
+
+    def _is_cut_short(self, ran: Ran) -> bool:
+        """Whether a teardown could not look at the second of two: what it left of the first, it told before."""
+        is_lasting = isinstance(self.fault, Blind) and self.fault.is_lasting
+        has_second = self.case.scenario.between or self.case.scenario.killed_before is not None
+        return is_lasting and bool(has_second) and not ran.is_done
 
     def _follows(self, *, is_clean: bool, is_partial: bool) -> list[Act]:
         """What is done next: everything after a first kill, else by turns; little where all is as without faults.
@@ -296,9 +422,22 @@ class Point:
         status = orch.status()
         assert kernel.dump_text() == before
         assert (ledger.read_bytes() if ledger.exists() else b"") == content
-        assert status.unsettled or is_partial or state(kernel) in self.case.known, "unsettled, and nobody says so"
+        seen = self._state(kernel)
+        assert status.unsettled or is_partial or seen in self.case.known, "unsettled, and nobody says so"
         assert not (is_partial and status.is_right), "something is left, and nobody says so"
-        return knowledge(status) in self.case.known.get(state(kernel), [])
+        assert seen == state(kernel) or not status.is_right, "nobody looks after a process, and nobody says so"
+        return seen == state(kernel) and self._knowledge(status) in self.case.known.get(seen, [])
+
+    def _state(self, kernel: FakeKernel) -> str:
+        """Where a supervisor was killed its processes may go on without one; nothing else may differ."""
+        return state(kernel).replace(UNWATCHED, "") if self.fault == ORPHAN else state(kernel)
+
+    def _drift(self, profile: ProfileStatus) -> tuple[str, ...]:
+        """The same of what is not as it was applied."""
+        return tuple(line for line in profile.drift if not (self.fault == ORPHAN and line.endswith(GONE)))
+
+    def _knowledge(self, status: HostStatus) -> Knowledge:
+        return knowledge(replace(status, profiles=tuple(replace(p, drift=self._drift(p)) for p in status.profiles)))
 
     def _settle(self, orch: Harness, kernel: FakeKernel) -> None:
         """Any command settles: this one does nothing else."""
@@ -307,13 +446,14 @@ class Point:
         except RollbackError:
             assert self.case.scenario.is_one_way
             return
-        assert state(kernel) in self.case.known, "neither the old nor the new state"
-        assert knowledge(orch.status()) in self.case.known[state(kernel)], "the ledger says something else"
+        seen = self._state(kernel)
+        assert seen in self.case.known, "neither the old nor the new state"
+        assert self._knowledge(orch.status()) in self.case.known[seen], "the ledger says something else"
 
     def _again(self, orch: Harness, kernel: FakeKernel) -> None:
         self.case.scenario.act(orch, kernel)
-        assert state(kernel) == self.case.new, "not the new state"
-        assert not any(profile.drift for profile in orch.status().profiles)
+        assert self._state(kernel) == self.case.new, "not the new state"
+        assert not any(self._drift(profile) for profile in orch.status().profiles)
 
     def _teardown(self, orch: Harness, kernel: FakeKernel) -> None:
         let_time_pass(orch, kernel)  # what has to be confirmed stands in the way until then
@@ -323,13 +463,13 @@ class Point:
         assert sorted(rest) == of_others(kernel), "something is left"
 
 
-def run(orch: Harness, kernel: FakeKernel, act: Act, faults: Mapping[int, Fault]) -> Ran:
+def run(orch: Harness, kernel: FakeKernel, act: Act, faults: Mapping[int, Fault], blind: Blind | None = None) -> Ran:
     """Run a command with faults."""
-    events, report = Events(orch, kernel, faults), None
-    with recording(events), suppress(Killed, OrchError):
+    events, report = Events(orch, kernel, faults, blind), None
+    with recording(events), suppress(Killed, OrchError, OSError):
         report = act(orch, kernel)
     orch.signal_number = 0
-    return Ran(tuple(events.names), report is not None, _is_partial(orch, report))
+    return Ran(tuple(events.names), tuple(events.looks), report is not None, _is_partial(orch, report))
 
 
 def _is_partial(orch: Harness, report: object) -> bool:
@@ -387,8 +527,8 @@ def prepare(scenario: Scenario) -> Case:
         last = max(n for n, name in enumerate(events) if name == scenario.fails_at)
         given = {last: Fault(errno.EPERM)}
     with start.host() as (orch, kernel):
-        events = run(orch, kernel, scenario.act, given).events
-    return Case(scenario, start, given, events, new, known)
+        ran = run(orch, kernel, scenario.act, given)
+    return Case(scenario, start, given, ran.events, ran.looks, new, known)
 
 
 def _new_host(scenario: Scenario) -> Snapshot:
@@ -430,6 +570,10 @@ def kill_processes(_: Harness, kernel: FakeKernel) -> None:
         kernel.kill(pid)
 
 
+def hand_over_nothing(_: Harness, kernel: FakeKernel) -> None:
+    kernel.keeping = {"ftp"}
+
+
 def lose_supervisors(_: Harness, kernel: FakeKernel) -> None:
     for pid, (seen, launch) in kernel.running_processes.items():
         kernel.running_processes[pid] = (replace(seen, watched=False), launch)
@@ -465,6 +609,7 @@ def profile(*helpers: str, name: str = "p", backend: str = "nftables") -> str:
 CONNTRACKD = "ftp: {engine: conntrackd}"
 NATIVE = "ftp: {}"
 ASKING = "ftp: {queueing: registration}"
+ATTACHED = "ftp: {queueing: registration, attach: [{ports: [21, 2121]}]}"
 IN_KERNEL = "ftp: {engine: kernel}"
 ENGINES = {"conntrackd": CONNTRACKD, "native": NATIVE, "registration": ASKING, "kernel": IN_KERNEL}
 BOTH = (CONNTRACKD, "tftp: {queueing: registration}")
@@ -493,16 +638,20 @@ def _updates() -> Iterator[Scenario]:
         "policies, registration": (ASKING, "ftp: {queueing: registration, policies: {ftp: {expect_max: 9}}}"),
         "policies, native": (NATIVE, "ftp: {policies: {ftp: {expect_max: 9}}}"),
         "queue, conntrackd": (CONNTRACKD, "ftp: {engine: conntrackd, queue: 77}"),
+        "helpers, conntrackd": (CONNTRACKD, f"{CONNTRACKD}\n  tftp: {{engine: conntrackd}}"),
         "queue, registration": (ASKING, "ftp: {queueing: registration, queue: 77}"),
         "queue, native": (NATIVE, "ftp: {queue: 77}"),
         "process, native": (NATIVE, "ftp: {guard: {source: any}}"),
         "process, registration": (ASKING, "ftp: {queueing: registration, guard: {source: any}}"),
-        "rules": (ASKING, "ftp: {queueing: registration, attach: [{ports: [21, 2121]}]}"),
+        "rules": (ASKING, ATTACHED),
         "name": (ASKING, "ftp: {queueing: registration, name: own}"),
         "queueing": (NATIVE, ASKING),
     }
     for name, (before, after) in changes.items():
         yield Scenario(f"update of {name}", (apply(profile(before)),), apply(profile(after)))
+    for name in ("process, native", "queue, registration"):
+        before, after = map(profile, changes[name])
+        yield Scenario(f"update of {name}, by a restart instead", (apply(before), hand_over_nothing), apply(after))
     yield Scenario("one more helper", (apply(profile(CONNTRACKD)),), apply(profile(*BOTH)))
     yield Scenario("one helper less", (apply(profile(*BOTH)),), apply(profile(CONNTRACKD)))
     other = profile("ftp: {queueing: registration, queue: 77}")
@@ -524,12 +673,18 @@ def _sharing() -> Iterator[Scenario]:
     for name, helper in (("conntrackd", CONNTRACKD), ("registration", ASKING), ("native", NATIVE)):
         text, shared = profile(helper), (apply(profile(helper)), apply(profile(helper), "red"))
         yield Scenario(f"shared, second apply, {name}", shared[:1], apply(text, "red"))
-        yield Scenario(f"shared, first teardown, {name}", shared, teardown())
+        looks_alike = 1 if name == "registration" else LOOKS_ALIKE
+        yield Scenario(f"shared, first teardown, {name}", shared, teardown(), looks_alike=looks_alike)
         yield Scenario(f"shared, teardown of all, {name}", shared, teardown_all, between=(teardown("p"),))
         yield Scenario(f"shared, own name from now on, {name}", shared, apply(profile(_named(helper))))
         lost = (shared[0], apply(profile(helper, name="q"), "red"), lose_namespace)
         one = teardown("p", every_netns=True)
         yield Scenario(f"shared, teardown where one is gone, {name}", lost, teardown_all, between=(one,))
+    for is_new in (False, True):
+        unknown = (apply(profile(ASKING, name="q"), "red"), forget, apply(profile(ASKING)))
+        yield Scenario(
+            f"shared with one that the ledger has lost, {'7.3' if is_new else '6.1'}", unknown, teardown(), is_new
+        )
     two = (apply(profile(CONNTRACKD, name="one")), apply(profile("tftp: {queueing: registration}", name="two")))
     yield Scenario("two profiles, teardown of one", two, teardown("one"))
     yield Scenario("two profiles, teardown of both", two, teardown(), between=(teardown("one"),))
@@ -581,6 +736,10 @@ def _half_done() -> Iterator[Scenario]:
         for place in (-1, -4, -8):
             title = f"settling of teardown, killed {-place} events from its end, {kernel}"
             yield Scenario(title, (apply(first),), teardown(), is_new, killed_before=place)
+    asking, elsewhere = (profile(helper, backend="iptables-nft") for helper in (ASKING, ATTACHED))
+    half = "load rules of another family"
+    yield Scenario("way back from half of the first rules", (), apply(asking), fails_at=half)
+    yield Scenario("way back from half of other rules", (apply(asking),), apply(elsewhere), fails_at=half)
     text = profile(CONNTRACKD)
 
     def is_killed(orch: Harness, kernel: FakeKernel) -> None:

@@ -9,21 +9,15 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from unittest.mock import patch
 
 from orchestrator import app, cli
 from orchestrator.ports import System
-
-_CHANGING = {
-    "registry": ("create", "update", "delete"),
-    "rules": ("load", "flush", "remove"),
-    "processes": ("start", "stop", "watch", "succeed", "serve", "set_reconcile", "cleanup"),
-    "modules": ("load",),
-}
+from tests.adapters import CHANGES, wrapped
 
 
 class Moment(StrEnum):
@@ -41,38 +35,16 @@ class Death:
 
     def awaiting(self, system: System) -> System:
         """The same system, whose calls that change something are counted."""
-        return replace(
-            system,
-            registry=self._counted("registry", system.registry),
-            rules={backend: self._counted("rules", rules) for backend, rules in system.rules.items()},
-            processes=self._counted("processes", system.processes),
-            modules=self._counted("modules", system.modules),
-        )
+        return wrapped(system, self.around, CHANGES)
 
-    def _counted(self, port: str, adapter: object) -> Any:
-        return cast("Any", _Counted(adapter, port, self))
-
-    def around(self, name: str, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    def around(self, name: str, call: Callable[[], Any]) -> Any:
         self.calls.append(name)
         if (len(self.calls), Moment.BEFORE) == (self.place, self.moment):
             os.kill(os.getpid(), signal.SIGKILL)
-        result = call(*args, **options)
+        result = call()
         if (len(self.calls), Moment.AFTER) == (self.place, self.moment):
             os.kill(os.getpid(), signal.SIGKILL)
         return result
-
-
-@dataclass(frozen=True, slots=True)
-class _Counted:
-    adapter: object
-    port: str
-    death: Death
-
-    def __getattr__(self, name: str) -> Any:
-        attribute = getattr(self.adapter, name)
-        if name not in _CHANGING[self.port]:
-            return attribute
-        return lambda *args, **options: self.death.around(f"{self.port}.{name}", attribute, *args, **options)
 
 
 def main(place: str, moment: str, *argv: str) -> int:

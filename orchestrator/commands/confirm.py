@@ -9,7 +9,7 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from orchestrator.errors import Interrupted, UsageError
+from orchestrator.errors import Interrupted, OrchError, RollbackError, UsageError
 from orchestrator.session import (
     DEFAULT_STATE,
     AppliedArgument,
@@ -107,7 +107,9 @@ def _settle(session: Session, app: App, pending: Pending) -> Verdict:
     session.say("" if answer is None else "undoing it")
     patient = replace(app, wait_s=_UNDOING_WAITS_S, talk=replace(app.talk, interrupted=lambda: 0))
     with patient.settled(f"rollback {pending.owner.profile}") as ledger:
-        confirming.undo(patient, ledger, pending)
+        ended = confirming.undo(patient, ledger, pending)
+    if ended.report and ended.report.leftovers:
+        raise RollbackError(OrchError(f"the apply of {pending.owner} could not be undone"), ended.report.leftovers)
     return confirming.Verdict.ROLLED_BACK
 
 
@@ -153,4 +155,4 @@ class _Answer:
 
 
 def _left_s(app: App, pending: Pending) -> float:
-    return pending.deadline_s - app.system.clock.boottime()
+    return pending.left_s(app.system.clock.boottime())

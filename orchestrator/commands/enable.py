@@ -96,11 +96,14 @@ def disable(
     from orchestrator import boot
 
     session = new_session("disable", is_json, colour, verbose, is_quiet)
-    name = load(profile).profile if Path(profile).is_file() else profile
+    desired = load(profile) if Path(profile).is_file() else None
+    name = desired.profile if desired else profile
+    where = netns or (desired.netns if desired else None)
     names = boot.names(name, Path(netns or "").name)
     if any((unit_dir / unit).exists() for unit in names):
         _need_systemd("")
-    removed = boot.disable(names, unit_dir, is_now=is_now)
+    path = None if where is None else boot.path_of(where)
+    removed = boot.disable(names, unit_dir, is_now=is_now, netns_path=path)
     for other in [] if removed or netns else sorted(unit_dir.glob(f"orch-{name}@*.service")):
         session.warn(f"{other.name} is enabled: give its namespace with --netns")
     words = "is disabled" if removed else "was not enabled"

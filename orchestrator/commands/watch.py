@@ -59,6 +59,10 @@ def watch(
         bool, typer.Option("--dry-run", envvar="ORCH_DRY_RUN", help="Say what has drifted, and leave it so.")
     ] = False,
     is_once: Annotated[bool, typer.Option("--once", envvar="ORCH_ONCE", help="Look once, mend, and end.")] = False,
+    is_news_only: Annotated[
+        bool,
+        typer.Option("--news", envvar="ORCH_NEWS", help="Say nothing of what is not mended if it was said before."),
+    ] = False,
     wait_s: WaitOption = 10.0,
     state_dir: StateOption = DEFAULT_STATE,
     is_json: JsonOption = False,
@@ -79,7 +83,7 @@ def watch(
     talk = replace(app.talk, confirm=lambda _plan, _reason: False, step=session.step if verbose else _say_nothing)
     app = replace(app, talk=talk)
     mend = partial(drift.mend, app, limits=drift.Limits(repairs), is_dry_run=is_dry_run)
-    teller = _Teller(session)
+    teller = _Teller(session, is_news_only=is_news_only)
     if is_once:
         owners = [applied.owner for applied in app.applied(profile)]
         sleep, interrupted = app.system.clock.sleep, app.talk.interrupted
@@ -87,7 +91,7 @@ def watch(
             reports = watcher.look_once(owners, mend, within_s=_ONCE_WITHIN_S, sleep=sleep, interrupted=interrupted)
         for report in reports:
             teller.tell(report)
-        return session.result(_code(reports), "", profiles=len(reports))
+        return session.result(_code(reports), "", profiles=len(owners))
     watching = watcher.Watcher(
         app,
         local_processes(app.state_dir),
@@ -110,15 +114,21 @@ def _code(reports: list[MendReport]) -> ExitCode:
     outcomes = {report.outcome for report in reports}
     if Outcome.FAILED in outcomes:
         return ExitCode.FAILED
-    return ExitCode.OK if outcomes <= {Outcome.RIGHT, Outcome.MENDED} else ExitCode.DIFFERS
+    is_right = outcomes <= {Outcome.RIGHT, Outcome.MENDED} and not any(report.is_partial for report in reports)
+    return ExitCode.OK if is_right else ExitCode.DIFFERS
 
 
 class _Teller:
-    """Says what came of each look, but nothing twice in a row."""
+    """Says what came of each look, and of trouble nothing twice; also what others have said before, unless told not to.
 
-    def __init__(self, session: Session) -> None:
+    What is right again may be said again when it is not.
+    """
+
+    def __init__(self, session: Session, *, is_news_only: bool) -> None:
         self._session = session
+        self._is_news_only = is_news_only
         self._told: dict[str, MendReport] = {}
+        self._trouble: dict[str, str] = {}
 
     def tell(self, report: MendReport, culprit: str = "") -> None:
         import logging
@@ -127,11 +137,7 @@ class _Teller:
         from orchestrator.drift import Outcome
         from orchestrator.views import watch as view
 
-        before = self._told.get(str(report.owner))
-        self._told[str(report.owner)] = report
-        is_dull = report.outcome in (Outcome.RIGHT, Outcome.WAITING) and not self._session.verbose
-        is_known = not report.is_news or (report == before and report.outcome is not Outcome.MENDED)
-        if is_dull or is_known:
+        if self._is_known(report):
             return
         now_s = time.time()
         if report.outcome is Outcome.GIVEN_UP:
@@ -141,3 +147,19 @@ class _Teller:
         elif not self._session.is_quiet:
             self._session.write(view.text(report, now_s, self._session.paint(sys.stdout), culprit=culprit) + "\n")
         sys.stdout.flush()
+
+    def _is_known(self, report: MendReport) -> bool:
+        from orchestrator.drift import Outcome
+
+        at = str(report.owner)
+        before, self._told[at] = self._told.get(at), report
+        if report.outcome is Outcome.MENDED:
+            return False
+        if report.outcome is Outcome.RIGHT:
+            self._trouble.pop(at, None)
+        if report.outcome in (Outcome.RIGHT, Outcome.WAITING):
+            return report == before or not self._session.verbose
+        if report.outcome is Outcome.DIFFERS:
+            return report == before
+        said, self._trouble[at] = self._trouble.get(at), f"{report.outcome}: {report.reason}"
+        return said == self._trouble[at] or (self._is_news_only and not report.is_news)

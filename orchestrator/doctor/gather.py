@@ -116,7 +116,7 @@ def _look(look: Callable[[], T]) -> T | Unseen:
 
 
 def _ledger_trouble(file: Path) -> str:
-    """Why the ledger cannot be read; a reader takes such a one for empty, and says nothing. Empty if it can be."""
+    """Why the ledger cannot be read; empty if it can be."""
     if not file.exists():
         return ""
     try:

@@ -123,7 +123,7 @@ def ledger(facts: Facts) -> Iterable[Finding]:
     if facts.ledger_trouble:
         yield problem(
             f"the ledger cannot be read: {facts.ledger_trouble}",
-            "remove it: apply adopts what it finds, and teardown by profile still works",
+            "move it aside: apply adopts what it finds, and teardown by profile works",
         )
 
 

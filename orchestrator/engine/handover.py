@@ -16,6 +16,7 @@ never while both may read.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -25,7 +26,7 @@ from dataclasses import asdict, dataclass
 from queue import SimpleQueue
 from struct import Struct
 from struct import error as struct_error
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 from orchestrator.engine.counters import Page
@@ -37,6 +38,7 @@ ANSWER_WITHIN_S = 2.0
 """How long one end waits for the other, while packets wait for both."""
 
 _READY, _GO, _TAKEN, _DONE = ({"say": word} for word in ("ready", "go", "taken", "done"))
+_ACCEPT_AGAIN_S = 0.2
 _LENGTH = Struct("=I")
 _MESSAGE_MAX = 16 << 20
 _DESCRIPTORS = 3
@@ -50,7 +52,10 @@ _GONE = "the other end of the handover is gone or silent"
 
 
 class HandoverError(OSError):
-    """The other end of a handover is not there, does not answer, or says what it should not."""
+    """The other end of a handover is not there, does not answer, or says what it should not.
+
+    What this end cannot do is another OSError.
+    """
 
 
 def listen(name: str) -> socket.socket:
@@ -68,12 +73,15 @@ def listen(name: str) -> socket.socket:
 
 @dataclass(frozen=True, slots=True)
 class Inheritance:
-    """What a process leaves: its listening socket, descriptors of its queue socket and page, and what it knows."""
+    """What a process leaves: its listening socket, descriptors of its queue socket and page, and what it knows.
+
+    `queues` are its queues, and whether each lets packets pass when it is full.
+    """
 
     listener: socket.socket
     queue_socket: int
     page: int
-    queues: tuple[int, ...]
+    queues: Mapping[int, bool]
     counters: Mapping[str, int]
     memory: Mapping[str, Any]
 
@@ -98,25 +106,25 @@ class Peer:
         """Let it serve just these queues, the first failing open. Raises HandoverError."""
         _limit(self._channel, ANSWER_WITHIN_S * (1 + len(queues)))  # it may wait for the kernel at each
         _send(self._channel, {"do": "serve", "queues": list(queues)})
-        answer, descriptors = _receive(self._channel)
-        for descriptor in descriptors:  # of a helper that answers for its process
-            os.close(descriptor)
+        answer, _ = _receive(self._channel)
         if answer != _DONE:
             raise HandoverError(_printable(answer.get("error", "it does not answer")))
 
     def take(self, queues: Sequence[int]) -> Inheritance:
         """Let it stop reading and say what it leaves; `queues` are those that the successor will have bound.
 
-        From here on packets wait. Raises HandoverError.
+        From here on packets wait. Raises HandoverError, and OSError with EMFILE if this process has no room for it.
         """
         _send(self._channel, {"do": "succeed", "queues": list(queues)})
-        told, descriptors = _receive(self._channel)
+        told, descriptors = _receive(self._channel, _DESCRIPTORS)
         try:
             queue_socket, page, listener = descriptors
             counters = {str(name): int(count) for name, count in told["counters"].items()}
-            bound = tuple(map(int, told["queues"]))
+            fail_open = frozenset(map(int, told["fail_open"]))
+            bound = {int(number): number in fail_open for number in told["queues"]}
             memory = dict(told["memory"])
         except (LookupError, TypeError, ValueError, AttributeError) as error:
+            _close(descriptors)
             raise HandoverError(f"the process before this one leaves something else: {error!r}") from error
         taken_over = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=listener)
         return Inheritance(taken_over, queue_socket, page, bound, counters, memory)
@@ -201,10 +209,13 @@ class Door:
     def _watch(self) -> None:
         listener = self._opened.get()
         while not self._loop.has_left:
-            with contextlib.suppress(Exception):  # whoever asked is gone, or is nobody, or memory short: we go on
+            try:
                 channel, _ = listener.accept()
-                with channel:
-                    self._answer(channel, listener)
+            except (OSError, MemoryError):  # no file can be opened now: whoever asks waits, and nobody else
+                sleep(_ACCEPT_AGAIN_S)
+                continue
+            with contextlib.suppress(Exception), channel:  # whoever asked is gone, or is nobody, or memory short
+                self._answer(channel, listener)
 
     def _answer(self, channel: socket.socket, listener: socket.socket) -> None:
         request, _ = _receive(channel)  # it may take its time: nobody waits for it yet
@@ -220,6 +231,7 @@ class Door:
         """Leave all to a successor. Raises HandoverError if it is gone or silent."""
         told = {
             "queues": sorted(self._loop.queues),
+            "fail_open": [number for number, is_fail_open in self._loop.queues.items() if is_fail_open],
             "counters": asdict(self._page.counters),
             "memory": self._inspector.memory(),
         }
@@ -232,8 +244,9 @@ class Door:
             self._loop.leave()
             return
         self._inspector.drained()  # what it wrote is unknown: what the kernel shows counts
-        for number in queues - self._loop.queues:
+        for number in queues.difference(self._loop.queues):
             self._loop.unbind(number)
+        self._loop.configure_again()
 
     def _serve(self, wanted: Sequence[int]) -> Mapping[str, str]:
         """Bind what is missing, and let go of the rest; packets that wait there are dropped."""
@@ -242,7 +255,7 @@ class Door:
                 self._loop.bind_beside(number, is_fail_open=place == 0)
         except OSError as error:
             return {"error": str(error)}
-        for number in self._loop.queues.difference(wanted):
+        for number in set(self._loop.queues).difference(wanted):
             self._loop.unbind(number)
         return _DONE
 
@@ -280,10 +293,15 @@ def _send(channel: socket.socket, message: Mapping[str, Any], descriptors: Seque
         raise HandoverError(_GONE) from error
 
 
-def _receive(channel: socket.socket) -> tuple[Mapping[str, Any], list[int]]:
-    """A message with the descriptors that came along; once it has begun it must not take long. Raises HandoverError."""
+def _receive(channel: socket.socket, room: int = 0) -> tuple[Mapping[str, Any], list[int]]:
+    """A message, and up to `room` descriptors that came along: the kernel closes what there is no room for.
+
+    Once it has begun it must not take long. Raises HandoverError, and OSError if descriptors were lost (MSG_CTRUNC): as
+    many files of this process, or of the host, are open as may be.
+    """
+    descriptors: list[int] = []
     try:
-        header, descriptors, _, _ = socket.recv_fds(channel, _LENGTH.size, _DESCRIPTORS)
+        header, descriptors, flags, _ = socket.recv_fds(channel, _LENGTH.size, room)
         deadline = monotonic() + ANSWER_WITHIN_S
         (length,) = _LENGTH.unpack(header)
         data = bytearray()
@@ -293,7 +311,17 @@ def _receive(channel: socket.socket) -> tuple[Mapping[str, Any], list[int]]:
                 raise TimeoutError(_GONE)
         message = json.loads(data)
     except (OSError, ValueError, RecursionError, struct_error) as error:
+        _close(descriptors)
         raise HandoverError(_GONE) from error
+    if room and flags & socket.MSG_CTRUNC:
+        _close(descriptors)
+        raise OSError(errno.EMFILE, f"{os.strerror(errno.EMFILE)}, so the queues cannot be taken over")
     if not isinstance(message, dict):
+        _close(descriptors)
         raise HandoverError("the other end of the handover says something else")
     return message, descriptors
+
+
+def _close(descriptors: Sequence[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)

@@ -44,13 +44,14 @@ _TIMEVAL = Struct("@ll")
 _TRACEBACK_PLACES = 64
 _TRACEBACK_INTERVAL_NS = 1_000_000_000
 _STOP_STACK_LEN = 256 << 10
-_BIND_WITHIN_S = 2.0
+_BIND_ATTEMPTS = 8
+_BIND_AGAIN_NS = 250_000_000
 _PAUSE_AGAIN_S = 0.05
 _POLL_S = 0.005
 
-# Sequence numbers of requests: of verdicts 0, of bindings the queue number + 1; of a stop and a pause these bits with
-# the pid, as the answer to one of a process may be read by its successor.
-_BINDING_MAX = 0x10000
+# Sequence numbers of requests: of verdicts 0, of bindings the queue number + 1, above it the number of the attempt; of
+# a stop and a pause these bits with the pid, as the answer to one of a process may be read by its successor.
+_ATTEMPT = 0x20000
 _STOP, _PAUSE = 0x80000000, 0xC0000000
 
 
@@ -138,8 +139,8 @@ class Loop:
 
     While packets come one by one, each is read and answered with two system calls. As soon as they wait, all are read
     at once (recvmmsg) and answered with one message. The inspector makes its requests through the same `answers`.
-    `accept_verdict` is for a packet whose inspection failed. `queues` are those that are bound. `has_left`: another
-    process serves them.
+    `accept_verdict` is for a packet whose inspection failed. `queues` are those that are bound, and whether each lets
+    packets pass when it is full. `has_left`: another process serves them.
     """
 
     def __init__(
@@ -163,7 +164,7 @@ class Loop:
         self._counters = page.counters
         self._slots = _Slots(queue_socket)
         self._after: list[bytes] = []
-        self.queues: set[int] = set()
+        self.queues: dict[int, bool] = {}
         self._answered: dict[int, int] = {}
         self._stop_sequence, self._pause_sequence = _STOP | os.getpid(), _PAUSE | os.getpid()
         self._is_stopping = self._is_interrupted = False
@@ -172,48 +173,69 @@ class Loop:
         self._tell_next_ns = self._began_ns = 0
         self._tracebacks = _Tracebacks()
 
-    def bind(self, queue_num: int, *, is_fail_open: bool, max_len: int = QUEUE_LENGTH) -> None:
+    def bind(self, queue_num: int, *, is_fail_open: bool) -> None:
         """Bind a queue, or only configure it; packets that come meanwhile are served. Not for use while `run` runs.
 
-        Raises OSError: EPERM if another socket holds it.
+        Raises OSError: EPERM if another socket holds it, ETIMEDOUT if the kernel's answers are lost.
         """
-        sequence = self._request_binding(queue_num, is_fail_open=is_fail_open, max_len=max_len)
-        self._wait_at_most(int(_BIND_WITHIN_S * 1e9))
-        while sequence not in self._answered:
-            self._serve([self._slots.receive()])
-        self._conclude_binding(queue_num)
+        self._wait_at_most(_BIND_AGAIN_NS)
+        self._bind(queue_num, is_fail_open=is_fail_open, wait=self._serve_for_a_while)
 
     def bind_beside(self, queue_num: int, *, is_fail_open: bool) -> None:
         """The same from another thread, while `run` runs. Raises OSError."""
-        sequence = self._request_binding(queue_num, is_fail_open=is_fail_open, max_len=QUEUE_LENGTH)
-        deadline = monotonic_ns() + int(_BIND_WITHIN_S * 1e9)
-        while sequence not in self._answered:
-            if monotonic_ns() > deadline:
-                raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
-            sleep(_POLL_S)
-        self._conclude_binding(queue_num)
+        self._bind(queue_num, is_fail_open=is_fail_open, wait=lambda: sleep(_POLL_S))
 
     def unbind(self, queue_num: int) -> None:
         """Let go of a queue; what waits in it is dropped. From any thread."""
         self._socket.send(nfqueue.encode_unbind(queue_num))
-        self.queues.discard(queue_num)
+        self.queues.pop(queue_num, None)
 
-    def _request_binding(self, queue_num: int, *, is_fail_open: bool, max_len: int) -> int:
-        """The sequence number of the answer."""
-        sequence = queue_num + 1
-        is_bound = queue_num in self.queues
-        self._socket.send(
-            nfqueue.encode_config(
-                queue_num, is_fail_open=is_fail_open, max_len=max_len, sequence=sequence, is_bound=is_bound
+    def configure_again(self) -> None:
+        """The queues are as this process had them, whatever another one that has the socket made of them."""
+        for number, is_fail_open in self.queues.items():
+            self._socket.send(
+                nfqueue.encode_config(
+                    number, is_fail_open=is_fail_open, max_len=QUEUE_LENGTH, is_bound=True, is_answered=False
+                )
             )
-        )
-        return sequence
 
-    def _conclude_binding(self, queue_num: int) -> None:
-        number = self._answered.pop(queue_num + 1)
-        if number:
-            raise OSError(number, os.strerror(number))
-        self.queues.add(queue_num)
+    def _bind(self, queue_num: int, *, is_fail_open: bool, wait: Callable[[], None]) -> None:
+        """The answer is lost while the buffer is full or memory short, so it is asked for again.
+
+        EBUSY says then that this socket has the queue: of another one it would be EPERM (nfqnl_recv_config).
+        """
+        is_bound = queue_num in self.queues
+        for attempt in range(_BIND_ATTEMPTS):
+            sequence = attempt * _ATTEMPT + queue_num + 1
+            message = nfqueue.encode_config(
+                queue_num, is_fail_open=is_fail_open, max_len=QUEUE_LENGTH, sequence=sequence, is_bound=is_bound
+            )
+            self._socket.send(message)
+            number = self._answer_to(sequence, wait)
+            if number == 0:
+                self.queues[queue_num] = is_fail_open
+                return
+            if number not in (errno.EBUSY, errno.ETIMEDOUT):
+                break
+            is_bound = is_bound or number == errno.EBUSY
+        if queue_num not in self.queues and number == errno.ETIMEDOUT:
+            self.unbind(queue_num)  # it may be ours, and nobody knows
+        raise OSError(number, os.strerror(number))
+
+    def _answer_to(self, sequence: int, wait: Callable[[], None]) -> int:
+        """The errno of the kernel, 0 for done, ETIMEDOUT for none within a while."""
+        deadline = monotonic_ns() + _BIND_AGAIN_NS
+        while sequence not in self._answered:
+            if monotonic_ns() > deadline:
+                return errno.ETIMEDOUT
+            wait()
+        number = self._answered[sequence]
+        self._answered.clear()
+        return number
+
+    def _serve_for_a_while(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._serve([self._slots.receive()])
 
     def run(self) -> None:
         """Serve until `stop` was called and everything was answered that waited then, or `leave`. Raises OSError."""
@@ -358,7 +380,7 @@ class Loop:
         elif sequence == self._pause_sequence:
             self._is_interrupted = True
         elif sequence:
-            if sequence <= _BINDING_MAX:  # else it is the answer to a predecessor
+            if sequence < _STOP:  # else it is the answer to a predecessor
                 self._answered[sequence] = number
         elif number == errno.ENOENT:
             self._counters.stale += 1

@@ -159,12 +159,19 @@ class Change(NamedTuple):
 
 
 def encode_config(
-    queue_num: int, *, is_fail_open: bool, max_len: int, sequence: int = 0, is_bound: bool = False
+    queue_num: int,
+    *,
+    is_fail_open: bool,
+    max_len: int,
+    sequence: int = 0,
+    is_bound: bool = False,
+    is_answered: bool = True,
 ) -> bytes:
     """Bind a queue that holds `max_len` packets and copies whole ones, with their conntrack attributes.
 
     In one message, because a bound queue without copy mode drops packets. Never with GSO: that would merge segments.
-    One that `is_bound` by this socket is only configured: a second bind of it is EBUSY (nfqnl_recv_config).
+    One that `is_bound` by this socket is only configured: a second bind of it is EBUSY (nfqnl_recv_config). A request
+    that is not `is_answered` has an answer only if it fails.
     """
     flags = _NFQA_CFG_F_CONNTRACK | (_NFQA_CFG_F_FAIL_OPEN if is_fail_open else 0)
     body = b"".join(
@@ -176,8 +183,8 @@ def encode_config(
             attribute(_NFQA_CFG_FLAGS, _NUMBER.pack(flags)),
         )
     )
-    request = netlink.NLM_F_REQUEST | netlink.NLM_F_ACK
-    return netlink.message(_CONFIG, body, flags=request, resource=queue_num, sequence=sequence)
+    asked = netlink.NLM_F_REQUEST | (netlink.NLM_F_ACK if is_answered else 0)
+    return netlink.message(_CONFIG, body, flags=asked, resource=queue_num, sequence=sequence)
 
 
 def encode_unbind(queue_num: int) -> bytes:

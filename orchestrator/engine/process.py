@@ -3,7 +3,8 @@
 It opens what root must open, becomes a user with one capability, and only then runs what others wrote, with the system
 calls that are left. It ends with 0 after SIGTERM, and with 1 and one line on standard error otherwise.
 
-Told of `helper-NAME.toml.next` it is the successor of the process that serves under that name: handover.py.
+Told of `helper-NAME.toml.next` it is the successor of the process that serves under that name: handover.py. It ends
+with NOT_HANDED_OVER if that gives it nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from orchestrator.engine.ctnetlink import Client
 from orchestrator.engine.inspector import Duty, Inspector
 from orchestrator.engine.lane import Lanes
 from orchestrator.engine.loop import RECEIVE_BUFFER, Answers, Loop, stop_on
-from orchestrator.engine.names import NEXT, handover_socket
+from orchestrator.engine.names import NEXT, NOT_HANDED_OVER, handover_socket
 from orchestrator.engine.seccomp import LOADING_FILTER, SERVING_FILTER
 from orchestrator.engine.settings import Settings, parse
 
@@ -37,7 +38,7 @@ def main(document: str) -> int:
         _serve(document)
     except (OSError, ValueError, loading.LoadError) as error:
         print(f"{document}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return NOT_HANDED_OVER if isinstance(error, handover.HandoverError) else 1
     return 0
 
 

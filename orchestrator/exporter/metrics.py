@@ -147,7 +147,7 @@ def families(seen: HostSeen, survey: Survey | None, *, now_s: float) -> Iterator
     profiles = _told_apart(seen.profiles)
     helpers = [((*at, helper.name), helper) for at, profile in profiles.items() for helper in profile.helpers or ()]
     yield from _of_host(seen)
-    yield from _of_profiles(profiles)
+    yield from _of_profiles(profiles, now_s)
     yield from _of_helpers(helpers, now_s)
     yield from _of_queues(helpers)
     if survey is not None:
@@ -175,15 +175,26 @@ def _of_host(seen: HostSeen) -> Iterator[Metric]:
     )
 
 
-def _of_profiles(profiles: Mapping[_Labels, ProfileSeen]) -> Iterator[Metric]:
+def _of_profiles(profiles: Mapping[_Labels, ProfileSeen], now_s: float) -> Iterator[Metric]:
     info = InfoMetricFamily("orch_profile", "Where a profile came from, and how its rules are written", labels=_PROFILE)
     up = GaugeMetricFamily("orch_profile_up", "1 if its namespace can be looked into", labels=_PROFILE)
     applied = GaugeMetricFamily("orch_profile_applied_timestamp_seconds", "When it was applied", labels=_PROFILE)
+    deadline = GaugeMetricFamily(
+        "orch_profile_confirm_deadline_timestamp_seconds",
+        "When the apply is undone that nobody has confirmed yet",
+        labels=_PROFILE,
+    )
+    held = GaugeMetricFamily(
+        "orch_profile_drift_held", "Things that were mended too often, and are left alone for a while", labels=_PROFILE
+    )
     for at, profile in profiles.items():
         info.add_metric(at, {"backend": profile.applied.target.rules.backend, "source": profile.applied.source})
         up.add_metric(at, profile.helpers is not None)
         applied.add_metric(at, profile.applied.applied_at)
-    return iter((info, up, applied))
+        held.add_metric(at, profile.held)
+        if profile.undone_in_s is not None:
+            deadline.add_metric(at, round(now_s + profile.undone_in_s))
+    return iter((info, up, applied, deadline, held))
 
 
 def _of_helpers(helpers: list[tuple[_Labels, HelperStatus]], now_s: float) -> Iterator[Metric]:

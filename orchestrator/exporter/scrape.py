@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchestrator.errors import OrchError
@@ -18,10 +18,16 @@ from orchestrator.status import HelperStatus, Seen, helper_statuses
 
 @dataclass(frozen=True, slots=True)
 class ProfileSeen:
-    """An applied profile at one instant; `helpers` is None if its namespace cannot be looked into."""
+    """An applied profile at one instant; `helpers` is None if its namespace cannot be looked into.
+
+    It is undone in `undone_in_s` (below 0: it should have been), None if nothing has to be confirmed. Watching leaves
+    `held` things of it alone.
+    """
 
     applied: Applied
     helpers: tuple[HelperStatus, ...] | None
+    undone_in_s: float | None = None
+    held: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +52,21 @@ class Scraper:
         with contextlib.closing(Ledger.open(self.state_dir, boot_id=self.boot_id, create=False)) as ledger:
             profiles = ledger.applied()
             unsettled = len(ledger.left_alone())
+            clock = self.system.clock
+            held = [len(ledger.mending(applied.owner).held_at(clock.monotonic())) for applied in profiles]
+            now_s = clock.boottime()
+            left = {(p.owner.profile, p.owner.netns.identity): p.left_s(now_s) for p in ledger.pending()}
         registrations = self.system.registry.dump()
         instant = _Instant(self.system, {r.key: r for r in registrations}, self._processes())
-        return HostSeen(tuple(map(instant.profile, profiles)), registrations, unsettled)
+        seen = tuple(
+            replace(
+                instant.profile(applied),
+                undone_in_s=left.get((applied.owner.profile, applied.owner.netns.identity)),
+                held=count,
+            )
+            for applied, count in zip(profiles, held, strict=True)
+        )
+        return HostSeen(seen, registrations, unsettled)
 
     def _processes(self) -> Mapping[tuple[str, str], tuple[ProcessSeen, ...]]:
         """All of ours that run, by profile and namespace."""

@@ -7,10 +7,10 @@ import logging
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from orchestrator.errors import KernelError, OrchError, PreflightError
+from orchestrator.errors import HalfDoneError, KernelError, OrchError, PreflightError
 from orchestrator.kernel.netns import entered, scratch
 from orchestrator.kernel.nft import errno_in, nft_tables
 from orchestrator.kernel.normalise import iptables_listing, own_lines
@@ -47,8 +47,10 @@ class IptablesRules:
     A look where the program is not installed finds nothing; a load raises PreflightError.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, note: Callable[[int], None] = lambda _pid: None) -> None:
+        """`note` is told the pid of each program that is about to change rules."""
         self._backend = backend
+        self._note = note
 
     def load(self, netns: Netns, rules: Rules) -> None:
         with entered(netns):
@@ -74,13 +76,14 @@ class IptablesRules:
             self._remove(profile)
 
     def expected(self, rules: Rules) -> Listing:
+        there = IptablesRules(self._backend)  # nobody listens
         with scratch():
             try:
-                self._load(rules)
+                there._load(rules)
                 listing = iptables_listing(self._backend, rules.profile, self._saved())
             finally:
                 # A namespace ends some time after it is left; until then its rules would refer to the registrations.
-                self._remove(rules.profile)
+                there._remove(rules.profile)
         if listing is None:
             raise KernelError("list rules", f"orch-{rules.profile}", errno.ENOENT)
         return listing
@@ -103,19 +106,21 @@ class IptablesRules:
                 text = _replacement(texts[family], lines) if family in texts else _removal(lines)
                 self._restore(family, rules.profile, text, operation="load rules")
                 begun.append(family)
-        except OrchError as error:
+        except (OrchError, OSError) as error:
             self._undo(rules.profile, {family: before.get(family, ()) for family in begun}, error)
             raise
 
-    def _undo(self, profile: str, before: Mapping[L3Proto, tuple[str, ...]], cause: OrchError) -> None:
-        now = self._own(profile)
-        for family, lines in before.items():
-            present = now.get(family, ())
-            text = _replacement(_table(lines), present) if lines else _removal(present)
-            try:
-                self._restore(family, profile, text, operation="restore rules")
-            except KernelError as error:
-                cause.add_note(f"and the rules of {family} could not be put back: {error.cause}")
+    def _undo(self, profile: str, before: Mapping[L3Proto, tuple[str, ...]], cause: Exception) -> None:
+        """Raises HalfDoneError."""
+        try:
+            now = self._own(profile)
+            for family, lines in before.items():
+                present = now.get(family, ())
+                text = _replacement(_table(lines), present) if lines else _removal(present)
+                self._restore(family, profile, text, operation="put back rules")
+        except (KernelError, OSError) as error:
+            detail = f"{cause}; and what was there could not be put back: {error}"
+            raise HalfDoneError("load rules", f"orch-{profile}", error.errno or 0, detail=detail) from error
 
     def _remove(self, profile: str) -> None:
         for family, lines in self._own(profile).items():
@@ -127,12 +132,20 @@ class IptablesRules:
         return {family: own for family, own in lines.items() if own}
 
     def _saved(self) -> dict[L3Proto, str]:
-        """Table raw of each family that has one; loads no kernel module."""
-        return {
-            family: text
-            for family in self._families("raw")
-            if (text := saved_table(_PROGRAMS[self._backend, family], "raw")) is not None
-        }
+        """Table raw of each family that has one; loads no kernel module.
+
+        What cannot be read is no table without rules: raises KernelError.
+        """
+        found = {}
+        for family in self._families("raw"):
+            program = _PROGRAMS[self._backend, family]
+            result = _run(f"{program}-save", "-t", "raw")
+            if result is not None and result.returncode != 0:
+                detail = _detail(result.stderr)
+                raise KernelError("list rules", f"{program} raw", _errno_of(detail), detail=detail)
+            if result is not None:
+                found[family] = result.stdout
+        return found
 
     def _families(self, table: str) -> tuple[L3Proto, ...]:
         variant = _variant_of(self._backend)
@@ -140,7 +153,7 @@ class IptablesRules:
 
     def _restore(self, family: L3Proto, profile: str, text: str, *, operation: str) -> None:
         program = _PROGRAMS[self._backend, family]
-        result = _run(f"{program}-restore", "--noflush", "-w", str(_LOCK_WAIT_S), given=text)
+        result = _run(f"{program}-restore", "--noflush", "-w", str(_LOCK_WAIT_S), given=text, note=self._note)
         if result is None:
             raise PreflightError(f"{program}-restore is not installed", hint="install the package iptables")
         if result.returncode != 0:
@@ -185,7 +198,7 @@ def _variant_of(backend: Backend) -> str:
 def _legacy_tables(family: L3Proto) -> tuple[str, ...]:
     try:
         return tuple(Path("/proc/thread-self/net", _TABLE_NAMES[family]).read_text(encoding="ascii").split())
-    except OSError:
+    except (FileNotFoundError, PermissionError):
         return ()
 
 
@@ -227,19 +240,24 @@ def _errno_of(detail: str) -> int:
     return errno.ENOENT if _REFUSED.search(detail) else errno_in(detail)
 
 
-def _run(program: str, *arguments: str, given: str = "") -> subprocess.CompletedProcess[str] | None:
-    """Run a program in this thread's namespace; None if it is not installed."""
+def _run(
+    program: str, *arguments: str, given: str = "", note: Callable[[int], None] = lambda _pid: None
+) -> subprocess.CompletedProcess[str] | None:
+    """Run a program in this thread's namespace; None if it is not installed. It is noted before it reads."""
     path = shutil.which(program, path=_SYSTEM_PATH)
     if path is None:
         return None
     log.debug("%s %s", path, " ".join(arguments))
-    return subprocess.run(
+    with subprocess.Popen(
         [path, *arguments],
         env={"PATH": _SYSTEM_PATH, "LANG": "C"},
-        input=given,
         start_new_session=True,  # Ctrl-C is for orch, which lets the running step end
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         errors="replace",
-        check=False,
-    )
+    ) as child:
+        note(child.pid)
+        out, err = child.communicate(given)
+    return subprocess.CompletedProcess(child.args, child.returncode, out, err)

@@ -21,6 +21,8 @@ _INIT = "/proc/1/ns/net"
 _CLONE_NEWNET = 0x40000000
 _SO_NETNS_COOKIE = 71
 _COOKIE = Struct("=q")
+# The host is short of something, or broken: that says nothing of a namespace, and least that it is gone.
+_UNTELLING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)
 
 
 def find(name: str) -> Netns:
@@ -61,7 +63,8 @@ def known() -> tuple[Netns, ...]:
 def entered(netns: Netns) -> Iterator[None]:
     """Run a block with this thread inside a namespace, and come back whatever happens; sockets stay where they opened.
 
-    Raises PreflightError if the namespace is gone, was replaced since it was found, or may not be entered.
+    Raises PreflightError if the namespace is gone, was replaced since it was found, or may not be entered, and OSError
+    if the host cannot tell now.
     """
     if netns.identity == _own_identity():
         yield
@@ -125,6 +128,8 @@ def _open(netns: Netns) -> int:
     try:
         descriptor = os.open(netns.path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
+        if error.errno in _UNTELLING:
+            raise
         raise _missing(netns.label, Path(netns.path)) from error
     if _identity(os.fstat(descriptor)) != netns.identity:
         os.close(descriptor)
@@ -136,6 +141,8 @@ def _enter(descriptor: int, netns: Netns) -> None:
     try:
         setns(descriptor)
     except OSError as error:
+        if error.errno in _UNTELLING:
+            raise
         number = error.errno or 0
         hint = "it is a namespace of another kind" if number == errno.EINVAL else "run as root"
         cause = f"{errno.errorcode.get(number, number)}, setns"
@@ -177,7 +184,9 @@ def _identity_of(path: Path) -> str:
     """
     try:
         status = path.stat()
-    except OSError:
+    except OSError as error:
+        if error.errno in _UNTELLING:
+            raise
         return ""
     return _identity(status) if status.st_dev == Path(_OWN).stat().st_dev else ""
 

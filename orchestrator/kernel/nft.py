@@ -80,8 +80,7 @@ class NftRules:
         with entered(netns):
             foreign = [table for table in nft_tables() if not is_own_table(*table)]
             session = NftSession()
-            objects = [o for t in foreign for o in session.objects(f"list ct helpers table {t[0]} {t[1]}", "ct helper")]
-        return frozenset(str(o["type"]) for o in objects)
+            return frozenset(str(o["type"]) for table in foreign for o in _helper_objects(session, *table))
 
 
 class NftSession:
@@ -126,6 +125,16 @@ class _Part(NamedTuple):
     kind: str
     name: str
     content: str
+
+
+def _helper_objects(session: NftSession, family: str, table: str) -> tuple[Mapping[str, Any], ...]:
+    """Those of a table; none where it has gone meanwhile."""
+    try:
+        return session.objects(f"list ct helpers table {family} {table}", "ct helper")
+    except KernelError as error:
+        if error.errno != errno.ENOENT:
+            raise
+        return ()
 
 
 def nft_is_present() -> bool:

@@ -7,6 +7,7 @@ hangs.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -16,6 +17,9 @@ from typing import Any
 SOCKET = "supervisor.sock"
 TAKEN = {"taken": True}
 MESSAGE_MAX = 65536
+
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Errors that say that this process, or the host, can open nothing more."""
 
 _BACKLOG = 16
 
@@ -49,7 +53,7 @@ def inherited() -> socket.socket:
 
 
 def ask(directory: str, request: Mapping[str, Any], *, taken_within_s: float, done_within_s: float) -> dict[str, Any]:
-    """The answer to a request. Raises SilentError."""
+    """The answer to a request. Raises SilentError, and another OSError if nothing more can be opened here."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as channel:
         try:
             channel.settimeout(taken_within_s)
@@ -65,6 +69,8 @@ def ask(directory: str, request: Mapping[str, Any], *, taken_within_s: float, do
         except (ConnectionResetError, BrokenPipeError) as error:
             raise EndedError("its supervisor ended before it took it up") from error
         except OSError as error:
+            if error.errno in EXHAUSTED:
+                raise
             raise SilentError(f"its supervisor does not answer: {error}") from error
     if answer is None:
         raise EndedError("its supervisor ended over it")

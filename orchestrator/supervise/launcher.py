@@ -22,10 +22,10 @@ from typing import Any
 from orchestrator.engine import counters
 from orchestrator.engine.counters import Snapshot
 from orchestrator.engine.names import NEXT, handover_socket
-from orchestrator.errors import HelperProcessError, PreflightError
-from orchestrator.model import HELPER_PROGRAM, HelperKey, Netns, ProcessSpec, Restart, is_profile_name
+from orchestrator.errors import HelperProcessError, NoHandoverError, PreflightError
+from orchestrator.model import HELPER_PROGRAM, SEARCH_PATH, HelperKey, Netns, ProcessSpec, Restart, is_profile_name
 from orchestrator.ports import Clock, Launch, Lifetimes, ProcessSeen, ProcessState, Supervised
-from orchestrator.supervise import control, filters, logs, order, place, supervisor, traces, watching
+from orchestrator.supervise import control, filters, logs, order, place, supervisor, traces, trust, watching
 from orchestrator.supervise.control import EndedError, SilentError
 from orchestrator.supervise.deafness import Marks, key_name
 from orchestrator.supervise.lifecycle import STOP_WITHIN_S
@@ -37,7 +37,6 @@ _STARTED_WITHIN_S = 60.0  # one that dies meanwhile is noticed at once: its sock
 _DONE_WITHIN_S = 3 * STOP_WITHIN_S + 5.0
 _CONFINE_SCRIPT = Path(__file__).parents[1] / "engine" / "confine.py"
 _HELPER_SCRIPT = Path(__file__).parents[1] / "engine" / "process.py"
-_SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +81,7 @@ class LocalProcesses:
         return self._directory(profile, netns.identity)
 
     def running(self) -> tuple[ProcessSeen, ...]:
-        marked = [(pid, kind, mark) for pid, kind, mark in _scan() if mark.state_dir == str(self.state_dir)]
+        marked = list(self._scan())
         supervised = {
             (netns, mark.profile): self._told(mark.profile, netns, pid)
             for pid, kind, mark in marked
@@ -137,22 +136,34 @@ class LocalProcesses:
         )
 
     def succeed(self, launch: Launch) -> int:
-        within_s = launch.spec.ready_within_s + _DONE_WITHIN_S
-        request = {"do": "settle", "name": launch.spec.name}  # a killed orch may have asked for another successor
-        self._ask(launch.profile, launch.netns, request, within_s=within_s)
+        self.settle(launch)
         directory = self._prepare(launch, NEXT)
         self._write_documents(directory, launch, NEXT)
         request = {"do": "succeed", "name": launch.spec.name}
+        within_s = launch.spec.ready_within_s + _DONE_WITHIN_S
         answer = self._ask(launch.profile, launch.netns, request, within_s=within_s)
         if "pid" in answer:
             return int(answer["pid"])
         log = directory / logs.file_name(launch.spec.name)
         words = _tail(log, 1)
+        if answer.get("is_refused"):
+            (directory / handover_socket(launch.spec.name)).unlink(missing_ok=True)  # nobody is to ask there again
+            why = f" ({words})" if words else ""
+            raise NoHandoverError(
+                f"{launch.spec.name} hands over nothing{why}", where=f"netns {launch.netns}; log {log}"
+            )
         raise HelperProcessError(
             f"{launch.spec.name} goes on as it was, and its successor does not start: {answer.get('error')}",
             where=f"netns {launch.netns}; log {log}",
             hint="its last words: " + words if words else "",
         )
+
+    def settle(self, launch: Launch) -> None:
+        if not self.runtime_dir(launch.profile, launch.netns).exists():
+            return
+        request = {"do": "settle", "name": launch.spec.name}
+        within_s = launch.spec.ready_within_s + _DONE_WITHIN_S
+        self._ask(launch.profile, launch.netns, request, within_s=within_s)
 
     def serve(self, launch: Launch, queues: tuple[int, ...]) -> None:
         from orchestrator.engine import handover  # with the whole engine: only this needs it
@@ -172,18 +183,25 @@ class LocalProcesses:
             raise HelperProcessError(f"cannot look after {process.name}: {answer.get('error')}")
 
     def stop(self, process: ProcessSeen) -> None:
+        is_told = False
         if self.supervisors(process.profile, process.netns):
             directory = self._directory(process.profile, process.netns)
             try:
                 _ask(directory, {"do": "stop", "name": process.name})
+                is_told = True
             except SilentError:
                 self._end_supervisors(process.profile, process.netns)
-        if not _is_there(process):
-            return
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            if _signal_and_wait(process.pid, number, STOP_WITHIN_S):
-                return
-        raise HelperProcessError(f"{process.name} (pid {process.pid}) does not end, not even by SIGKILL")
+        if self._is_there(process) and not _end(process.pid):
+            raise HelperProcessError(f"{process.name} (pid {process.pid}) does not end, not even by SIGKILL")
+        if not is_told:
+            self._forget(process)
+
+    def _forget(self, process: ProcessSeen) -> None:
+        """It was stopped, and no supervisor heard of it: the next one is not to start it again."""
+        directory = self._directory(process.profile, process.netns)
+        keys = self._order_of(process.profile, process.netns, process.name).get("keys", ())
+        Marks(str(self.state_dir), directory.name).clear(keys)
+        (directory / order.file_name(process.name)).unlink(missing_ok=True)
 
     def counters(self, profile: str, netns: Netns, name: str) -> Snapshot | None:
         try:
@@ -314,7 +332,7 @@ class LocalProcesses:
         """Whose each is, by pid: a profile, and the identity of its namespace."""
         return {
             pid: (mark.profile, _netns_of(pid))
-            for pid, kind, mark in _scan()
+            for pid, kind, mark in self._scan()
             if kind == supervisor.MARK and mark == _Mark(str(self.state_dir), mark.profile)
         }
 
@@ -322,11 +340,34 @@ class LocalProcesses:
         """supervisor.json, if who wrote it is still there."""
         try:
             report: dict[str, Any] = json.loads((self.runtime_dir(profile, netns) / supervisor.STATE_FILE).read_text())
-            marks = dict(_marks_of(report["pid"]))
+            marks = dict(self._marks_of(report["pid"]))
             is_claimed = traces.born(report["pid"]) == report.get("claimed_by")
         except (OSError, ValueError, LookupError):
             return {}
         return report if is_claimed or marks.get(supervisor.MARK) == _Mark(str(self.state_dir), profile) else {}
+
+    def _scan(self) -> Iterator[tuple[int, str, _Mark]]:
+        """Every live process of ours: (pid, which mark, mark)."""
+        for entry in os.listdir("/proc"):  # noqa: PTH208 (a Path per process is slow where thousands run)
+            if entry.isdigit():
+                for kind, mark in self._marks_of(int(entry)):
+                    yield int(entry), kind, mark
+
+    def _marks_of(self, pid: int) -> list[tuple[str, _Mark]]:
+        """The marks of a process that can be ours; none if it is gone, or somebody else wrote them."""
+        return [(kind, mark) for kind, mark in _marks_of(pid) if self._is_believed(pid, kind, mark)]
+
+    def _is_believed(self, pid: int, kind: str, mark: _Mark) -> bool:
+        if mark.state_dir != str(self.state_dir):
+            return False
+        if kind == supervisor.MARK:
+            return trust.is_root(pid)
+        return trust.is_helper(pid, str(self._directory(mark.profile, _netns_of(pid))), mark.name)
+
+    def _is_there(self, process: ProcessSeen) -> bool:
+        """False for one that is gone, a zombie that its parent has not noticed yet, and another that has its pid."""
+        marks = [mark for kind, mark in self._marks_of(process.pid) if kind == _PROCESS_MARK]
+        return any((mark.profile, mark.name) == (process.profile, process.name) for mark in marks)
 
     def _told(self, profile: str, netns: str, pid: int) -> dict[str, dict[str, Any]]:
         """What the supervisor with a pid says of its processes."""
@@ -377,7 +418,7 @@ class LocalProcesses:
         return Order(
             name=spec.name,
             argv=_command(spec),
-            env={"PATH": _SEARCH_PATH, "LANG": "C", _PROCESS_MARK: str(mark)},
+            env={"PATH": SEARCH_PATH, "LANG": "C", _PROCESS_MARK: str(mark)},
             queues=list(spec.queues),
             has_page=spec.argv[0] == HELPER_PROGRAM,
             keys=[key_name(key) for key in spec.keys],
@@ -410,26 +451,18 @@ def _command(spec: ProcessSpec) -> list[str]:
     program, *arguments = spec.argv
     if program == HELPER_PROGRAM:
         return [sys.executable, "-I", "-S", str(_HELPER_SCRIPT), *arguments]
-    found = shutil.which(program, path=_SEARCH_PATH)
+    found = shutil.which(program, path=SEARCH_PATH)
     if found is None:
         raise PreflightError(f"{program} is not installed", hint="install it, or use engine: kernel")
     return [sys.executable, "-I", "-S", str(_CONFINE_SCRIPT), spec.name, found, *arguments]
 
 
-def _scan() -> Iterator[tuple[int, str, _Mark]]:
-    """Every live process that carries one of our marks: (pid, which mark, mark)."""
-    for entry in os.listdir("/proc"):  # noqa: PTH208 (a Path per process is slow where thousands run)
-        if entry.isdigit():
-            for kind, mark in _marks_of(int(entry)):
-                yield int(entry), kind, mark
-
-
 def _marks_of(pid: int) -> list[tuple[str, _Mark]]:
-    """The marks of a process; none if it is gone."""
+    """The marks of a process, whoever wrote them; none if it is gone."""
     try:
         with open(f"/proc/{pid}/environ", "rb") as file:  # noqa: PTH123
             environ = file.read()
-    except OSError:
+    except (*traces.GONE, PermissionError):
         return []
     if b"ORCH_" not in environ:
         return []
@@ -459,12 +492,6 @@ def _is_successor(pid: int) -> bool:
         return False
 
 
-def _is_there(process: ProcessSeen) -> bool:
-    """False for one that is gone, a zombie that its parent has not noticed yet, and another one that has its pid."""
-    marks = [mark for kind, mark in _marks_of(process.pid) if kind == _PROCESS_MARK]
-    return any((mark.profile, mark.name) == (process.profile, process.name) for mark in marks)
-
-
 def _age_s(pid: int) -> float:
     """Seconds since a process started; 0 if it is gone."""
     ticks = traces.born(pid)
@@ -472,10 +499,10 @@ def _age_s(pid: int) -> float:
 
 
 def _signal_and_wait(pid: int, number: int, within_s: float) -> bool:
-    """Send a signal; True once the process is gone, False if it is still there after `within_s`."""
+    """Send a signal; True once the process is gone, False if it is still there after `within_s`. Raises OSError."""
     try:
         pidfd = os.pidfd_open(pid)
-    except OSError:
+    except ProcessLookupError:
         return True
     try:
         with contextlib.suppress(ProcessLookupError):
@@ -487,6 +514,11 @@ def _signal_and_wait(pid: int, number: int, within_s: float) -> bool:
         with contextlib.suppress(ChildProcessError):
             os.waitpid(pid, os.WNOHANG)
     return gone
+
+
+def _end(pid: int) -> bool:
+    """End a process by a signal; False if even the last one does not do that in time. Raises OSError."""
+    return any(_signal_and_wait(pid, number, STOP_WITHIN_S) for number in (signal.SIGTERM, signal.SIGKILL))
 
 
 def _tail(file: Path, count: int) -> str:

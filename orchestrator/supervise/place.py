@@ -79,14 +79,22 @@ class LookOut:
             self._reactor.at(time.monotonic() + _LOOK_EVERY_S, self._look_now_and_then)
 
     def _look(self) -> None:
-        if not self._is_held():
+        if not self._may_be_held():
             self._reactor.at(time.monotonic() + GIVEN_UP_FOR_S, self._look_again)
 
     def _look_again(self) -> None:
-        if self._is_over or self._is_held():
+        if self._is_over or self._may_be_held():
             return
         self._is_over = True
         self._given_up()
+
+    def _may_be_held(self) -> bool:
+        """True also while that cannot be told, for want of descriptors: it is looked at again."""
+        try:
+            return self._is_held()
+        except OSError:
+            self._reactor.at(time.monotonic() + _LOOK_EVERY_S, self._look)
+            return True
 
     def _is_held(self) -> bool:
         is_lived_in = self._is_by_process and self._is_lived_in()  # a name may be a link: nobody tells of its end

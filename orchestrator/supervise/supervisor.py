@@ -36,6 +36,7 @@ from orchestrator.supervise import (
     succession,
     successor,
     traces,
+    trust,
     watching,
 )
 from orchestrator.supervise.deafness import Marks
@@ -63,6 +64,7 @@ _READY_POLL_S = 0.02
 _ENABLE_AGAIN_S = 0.25
 _COUNT_PAUSE_S = 1.0
 _FIRST_REQUEST_WITHIN_S = 30.0
+_EXHAUSTED_PAUSE_S = 0.5
 _ERROR, _WARNING, _INFO = 3, 4, 6  # levels of sd-daemon(3)
 _ANSWER_MAX = 65536
 
@@ -127,7 +129,7 @@ class Supervisor(Reactor):
         self._requests = 0
         self._listener = listener
         listener.settimeout(0)
-        self.watch(listener.fileno(), self._accept)
+        self._listen()
         self.watch_files(".", inotify.MODIFIED, self._files_written)
         self._patience = self.at(time.monotonic() + _FIRST_REQUEST_WITHIN_S, self._end_if_idle)
         self._succeed()
@@ -196,6 +198,9 @@ class Supervisor(Reactor):
             code = child.si_status if child.si_code == os.CLD_EXITED else -child.si_status
             if process is None:
                 if has_ended:
+                    for begun in self._successions.values():
+                        if begun.pid == child.si_pid:
+                            begun.reaped(code)
                     self.on_reaped(child.si_pid, code)
             elif has_ended:
                 self._gone(process, code)
@@ -495,14 +500,26 @@ class Supervisor(Reactor):
         """Adopt what runs, and take up what has ended meanwhile: its registrations are enabled, and nobody listens."""
         known = _read_state(STATE_FILE)["processes"]
         for name, seen in known.items():
-            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-                self._succeed_one(Order.read(name), seen)
+            self._take_up(name, seen)
         if known:
             self._write_state()
 
+    def _take_up(self, name: str, seen: Mapping[str, Any]) -> None:
+        """What is known of it may be nonsense; it is tried again while nothing can be opened."""
+        if name in self._processes:
+            return  # somebody has had it started meanwhile
+        try:
+            self._succeed_one(Order.read(name), seen)
+        except (ValueError, LookupError, TypeError):
+            return
+        except OSError as error:
+            if error.errno in control.EXHAUSTED:
+                self.say(f"{name} is not looked after yet: {error.strerror}", _WARNING)
+                self.at(time.monotonic() + _EXHAUSTED_PAUSE_S, partial(self._take_up, name, seen))
+
     def _succeed_one(self, orders: Order, seen: Mapping[str, Any]) -> None:
         is_alive = seen["pid"] and traces.born(seen["pid"]) == seen["born"]
-        pid = seen["pid"] if is_alive else traces.with_environment(orders.env)  # one of which nothing was written yet
+        pid = seen["pid"] if is_alive else _running(orders)  # one of which nothing was written yet
         if pid:
             self._adopt(orders, pid, is_ready=is_alive and seen["state"] == State.RUNNING)
             process = self._processes[orders.name]
@@ -526,9 +543,10 @@ class Supervisor(Reactor):
 
     def _adopt(self, orders: Order, pid: int, *, is_ready: bool) -> None:
         """Raises OSError if there is no such process."""
+        born = traces.born(pid)
         pidfd = os.pidfd_open(pid)
         process = self._add(orders, lifecycle.adopt(orders.policy, pid))
-        process.pidfd, process.born = pidfd, traces.born(pid)
+        process.pidfd, process.born = pidfd, born
         process.oom_kills = traces.oom_kills()
         process.tail = logs.Tail(logs.file_name(orders.name), from_end=True)
         self.watch(pidfd, partial(self._gone, process, None))
@@ -545,10 +563,13 @@ class Supervisor(Reactor):
         process = self._processes.get(orders.name)
         if orders.name in self._successions:
             self._successions[orders.name].then.append(partial(self._begin_succession, orders, answer))
+        elif process is not None and process.order.env == orders.env and process.life.state is not State.FATAL:
+            if process.life.state is State.RUNNING:
+                answer({"pid": process.life.pid})
+            else:
+                process.when_ready.append(answer)
         elif process is None or process.life.state is not State.RUNNING or not process.order.has_page:
-            answer({"error": "no process is there to take over from"})
-        elif process.order.env == orders.env:
-            answer({"pid": process.life.pid})
+            answer({"error": "no process is there to take over from", "is_refused": True})
         else:
             try:
                 self._follow_succession(process, orders, _start(orders, succession.argv(orders)))
@@ -582,7 +603,7 @@ class Supervisor(Reactor):
         over = self._successions.pop(name)
         if why:
             self.say(f"{name}: pid {over.pid} did not take over: {why}", _WARNING)
-            self._answer(process, {"error": why})
+            self._answer(process, {"error": why} | ({"is_refused": True} if over.is_refused else {}))
             if over.is_alone:
                 self._gone(process, over.code)
         else:
@@ -605,7 +626,7 @@ class Supervisor(Reactor):
         process.order = over.order
         process.born, process.since = traces.born(over.pid), time.time()
         if not _is_child(over.pid):
-            process.pidfd = os.pidfd_open(over.pid)
+            process.pidfd, over.pidfd = over.pidfd, -1
             self.watch(process.pidfd, partial(self._gone, process, None))
         self._follow(process, *lifecycle.succeeded(process.life, over.order.policy, over.pid))
         self._look_from_now_on(process)
@@ -614,7 +635,7 @@ class Supervisor(Reactor):
         """The one that a supervisor before this one began, and that goes on without it."""
         with contextlib.suppress(OSError, ValueError):
             orders = Order.read(process.order.name, NEXT)
-            pid = traces.with_environment(orders.env)
+            pid = _running(orders)
             if pid not in (0, process.life.pid):
                 return self._follow_succession(process, orders, pid)
         return None
@@ -622,11 +643,22 @@ class Supervisor(Reactor):
     # -- requests -----------------------------------------------------------------------------------------------------
 
     def _accept(self) -> None:
-        with contextlib.suppress(BlockingIOError):
+        try:
             channel, _ = self._listener.accept()
-            self._patience.cancel()
-            self._requests += 1
-            self.watch(channel.fileno(), partial(self._hear, channel))
+        except BlockingIOError:
+            return
+        except OSError as error:
+            if error.errno not in control.EXHAUSTED:
+                raise
+            self.unwatch(self._listener.fileno())  # whoever asks waits a little longer
+            self.at(time.monotonic() + _EXHAUSTED_PAUSE_S, self._listen)
+            return
+        self._patience.cancel()
+        self._requests += 1
+        self.watch(channel.fileno(), partial(self._hear, channel))
+
+    def _listen(self) -> None:
+        self.watch(self._listener.fileno(), self._accept)
 
     def _hear(self, channel: socket.socket) -> None:
         self.unwatch(channel.fileno())
@@ -673,6 +705,7 @@ class Supervisor(Reactor):
         process = self._add(orders, life)
         process.when_ready.append(answer)
         self.say(f"{orders.name}: {life.state}")
+        self.changed()  # before it starts: a supervisor after this one is to find it
         self._follow(process, life, acts)
         self.changed()
 
@@ -742,6 +775,12 @@ def _start(orders: Order, argv: list[str]) -> int:
         )
     finally:
         os.close(log)
+
+
+def _running(orders: Order) -> int:
+    """The pid of a process that was started as that, 0 if there is none."""
+    directory = os.getcwd()  # noqa: PTH109 (no pathlib here)
+    return traces.with_environment(orders.env, lambda pid: trust.is_helper(pid, directory, orders.name))
 
 
 def _next_order(name: str) -> Order:

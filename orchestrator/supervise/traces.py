@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
 _QUEUES = "/proc/self/net/netfilter/nfnetlink_queue"
 _WHOLE_PACKETS = 2  # NFQNL_COPY_PACKET: the queue is configured
 _SILENT_LOOKS = 2
+
+GONE = (FileNotFoundError, ProcessLookupError)
+"""What /proc says of a process that is gone; any other error says nothing of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,17 +72,21 @@ class Patience:
 
 
 def born(pid: int) -> int:
-    """When a process started, in clock ticks since boot: with its pid, what identifies it. 0 if it is gone."""
+    """When a process started, in clock ticks since boot: with its pid, what identifies it. 0 if it is gone.
+
+    Raises OSError if that cannot be told: no descriptor is left.
+    """
     fields = _stat(pid)
     return int(fields[19]) if fields and fields[0] not in "ZX" else 0
 
 
-def with_environment(environment: Mapping[str, str]) -> int:
-    """A process of this network namespace that was started with an environment, and maybe more; 0 if none was."""
+def with_environment(environment: Mapping[str, str], is_ours: Callable[[int], bool]) -> int:
+    """A process of this network namespace that was started with an environment, and maybe more; 0 if none of ours."""
     wanted = {f"{name}={value}".encode() for name, value in environment.items()}
     for entry in os.listdir("/proc") if wanted else []:  # noqa: PTH208 (a supervisor imports no pathlib)
-        with contextlib.suppress(OSError):
-            if entry.isdigit() and wanted <= _environment(entry) and _netns(entry) == _netns("self"):
+        with contextlib.suppress(*GONE, PermissionError):
+            is_marked = entry.isdigit() and wanted <= _environment(entry) and _netns(entry) == _netns("self")
+            if is_marked and is_ours(int(entry)):
                 return int(entry)
     return 0
 
@@ -99,11 +106,11 @@ def is_stopped(pid: int) -> bool:
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat from the third on."""
+    """The fields of /proc/PID/stat from the third on; none if it is gone."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:  # noqa: PTH123
             return file.read().rpartition(")")[2].split()
-    except OSError:
+    except GONE:
         return []
 
 

@@ -3,7 +3,7 @@
 It runs beside a supervisor, so it imports the standard library and the engine alone. What has drifted, and how that is
 mended, is for `orch watch --once` to say: it runs as a child of the supervisor. It is started soon after our table was
 changed or a process was given up, and every now and then for what nobody tells of: registrations, modules, and rules of
-iptables-legacy; not if a glance tells that those are as they were when all was right.
+iptables-legacy; not if a glance tells that those are as they were at the last look, unless that is long ago.
 Sources: nf_tables_api.c, nft_commit_notify and nf_tables_gen_notify (the last message of a commit says whose it was).
 """
 
@@ -36,9 +36,9 @@ our commands run in that directory, where `orch teardown NAME` would take it for
 INTERVAL_S = 30.0
 _START_SOON_S = 0.02  # to start a child takes long enough for other changes to come
 
-_INTERVAL_MAX_S = 600.0
 _BUSY_S = 0.25  # between two looks at the lock, while an orch is at work
-_GLANCES_MAX = 20
+_GLANCES_MAX = 20  # between two looks, as long as nothing changes
+_OK, _FAILED, _DIFFERS = 0, 1, 2  # how a look ends; what failed in order has been said
 _NFNLGRP_NFTABLES = 7
 _NFNL_SUBSYS_NFTABLES = 10
 _NFT_MSG_NEWGEN = 15
@@ -137,13 +137,12 @@ def _text(data: bytes) -> str:
 
 
 def is_by_holder(commit: Commit, state_dir: str) -> bool:
-    """Whether an orch at work made it: the one that holds the lock of the host."""
+    """Whether an orch at work made it, the one that holds the lock of the host, or a program that it runs."""
     try:
         with open(f"{state_dir}/lock", encoding="utf-8", errors="replace") as file:  # noqa: PTH123 (no pathlib here)
-            holder = _HOLDER.search(file.read())
+            return str(commit.pid) in _HOLDER.findall(file.read())
     except OSError:
         return False
-    return holder is not None and int(holder[1]) == commit.pid
 
 
 class Supervisor(Protocol):
@@ -173,10 +172,11 @@ class Reconciler:
         self._timer: Timer | None = None
         self._is_looking = False
         self._is_wanted_again = False
-        self._interval_s = INTERVAL_S
-        self._right: bytes | None = None
-        self._before: bytes | None = None
+        self._patience = 1  # glances until the next look, as long as they find nothing new
         self._glances = 0
+        self._known: bytes | None = None
+        self._before: bytes | None = None
+        self._has_looked = False
         supervisor.watch_files(".", _DIRECTORY_CHANGES, self._directory_changed)
         self._given_up = 0
         self._pass_on = supervisor.on_change
@@ -236,12 +236,12 @@ class Reconciler:
         self._timer = self._supervisor.at(time.monotonic() + seconds, self._glance)
 
     def _glance(self) -> None:
-        """Look only if something may have changed, or it was not looked for long."""
+        """Look only if something has changed, or it was not looked for long."""
         self._glances += 1
-        if self._right is None or self._glances > _GLANCES_MAX or self._seen() != self._right:
+        if self._glances >= self._patience or self._seen() != self._known:
             self._look()
         else:
-            self._glance_in(self._interval_s)
+            self._glance_in(INTERVAL_S)
 
     def _cancel(self) -> None:
         if self._timer:
@@ -260,32 +260,48 @@ class Reconciler:
         self._is_wanted_again = False
         self._glances = 0
         self._before = self._seen()
-        command = errands.orch("watch", self._profile, "--once", state_dir=self._state_dir)
+        quiet = ("--news",) if self._has_looked else ()
+        command = errands.orch("watch", self._profile, "--once", *quiet, state_dir=self._state_dir)
         try:
             self._children.start(command, self._looked)
         except OSError as error:
             self._supervisor.say(f"cannot look for drift: {error.strerror}", _WARNING)
-            self._look_in(self._interval_s)
+            self._look_in(INTERVAL_S)
             return
         self._is_looking = True
 
     def _looked(self, exit_code: int) -> None:
-        """The next look; what fails, fails ever more seldom."""
-        self._is_looking = False
-        self._interval_s = min(2 * self._interval_s, _INTERVAL_MAX_S) if exit_code else INTERVAL_S
-        self._right = self._before if exit_code == 0 and self._before == self._seen() else None
+        self._is_looking, self._has_looked = False, True
+        if exit_code not in (_OK, _FAILED, _DIFFERS):
+            self._supervisor.say(f"looking for drift ended with {exit_code}", _WARNING)
+        now = self._seen()
+        self._known = now if now == self._before else None
+        self._patience = patience_after(exit_code, self._patience, is_known=self._known is not None)
         if self._commits is None:
             return
         if self._is_wanted_again:
             self._look_in(_START_SOON_S)
         else:
-            self._glance_in(self._interval_s)
+            self._glance_in(INTERVAL_S)
 
     def _seen(self) -> bytes | None:
         try:
             return glance(self._state_dir)
         except OSError:
             return None
+
+
+def patience_after(exit_code: int, patience: int, *, is_known: bool) -> int:
+    """How many glances it is until the next look at the latest; a glance that finds something new is followed by one.
+
+    What differs waits for somebody, or was given up for a while: it is looked at every time. What cannot be mended is
+    tried ever more seldom. Where all is right a look is needed for what a glance does not see, if it sees anything.
+    """
+    if exit_code == _OK and is_known:
+        return _GLANCES_MAX
+    if exit_code in (_OK, _DIFFERS):
+        return 1
+    return min(2 * patience, _GLANCES_MAX)
 
 
 def attach(supervisor: Supervisor, children: Errands, *, directory: str, state_dir: str) -> None:

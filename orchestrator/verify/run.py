@@ -75,8 +75,9 @@ class Trial:
 
     def run(self, desired: Desired) -> Verification:
         """Raises OrchError if the profile cannot be tried here, Interrupted at a signal; nothing stays but modules."""
-        for name in trials.remove_abandoned():
-            self.talk.warn(f"{name} was killed before its end: what it left is taken away")
+        for name, reason in trials.remove_abandoned().items():
+            became = f"and something stays for now: {reason}" if reason else "what it left is taken away"
+            self.talk.warn(f"{name} was killed before its end: {became}")
         with trials.place() as place:
             state = place.state_dir
             registered = [r.key for r in kernel_system(state).registry.dump()]

@@ -12,13 +12,13 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.app import boot_id, kernel_system
-from orchestrator.errors import KernelError
+from orchestrator.errors import KernelError, OrchError
 from orchestrator.journal import Ledger
 from orchestrator.model import HelperKey
 from orchestrator.ports import System
@@ -68,46 +68,62 @@ def is_of_trial(key: HelperKey) -> bool:
     return _REGISTERED.fullmatch(key.name) is not None
 
 
-def remove_abandoned() -> tuple[str, ...]:
-    """Take away what killed trials left, and say of which; what resists stays for the next time. Raises OrchError."""
-    system = kernel_system(RUNTIME)
-    removed = abandoned(registration.key for registration in system.registry.dump())
-    for name, keys in removed.items():
+def remove_abandoned(system_of: Callable[[Path], System] = kernel_system) -> Mapping[str, str]:
+    """Take away what killed trials left: why something of each stays, empty if nothing does, by the trial's name.
+
+    What stays is in nobody's way, and is tried again the next time. `system_of` gives the adapters for a state
+    directory. Raises OrchError if the host cannot be looked at.
+    """
+    reasons: dict[str, str] = {}
+    for name, keys in abandoned(registration.key for registration in system_of(RUNTIME).registry.dump()).items():
         with _locked(RUNTIME / name) as is_mine:
             if is_mine:
-                _remove(RUNTIME / name, keys)
-    return tuple(removed)
+                reasons[name] = _try_to_remove(system_of(RUNTIME / name), RUNTIME / name, keys)
+    return reasons
 
 
-def _remove(state_dir: Path, keys: tuple[HelperKey, ...]) -> None:
-    """Its processes first: the namespaces, and the rules in them, are there for as long as those are."""
-    system = kernel_system(state_dir)
+def _try_to_remove(system: System, state_dir: Path, keys: tuple[HelperKey, ...]) -> str:
+    try:
+        return "; ".join(_remove(system, state_dir, keys))
+    except (OrchError, OSError) as error:
+        return str(error)
+
+
+def _remove(system: System, state_dir: Path, keys: tuple[HelperKey, ...]) -> tuple[str, ...]:
+    """Its processes first: the namespaces, and the rules in them, are there for as long as those are.
+
+    Why registrations stay; the ledger that knows of them does so, too.
+    """
     with closing(Ledger.open(state_dir, boot_id=boot_id(), create=False)) as ledger:
         owners, recorded = ledger.owners(), ledger.recorded()
     for process in system.processes.running():
         system.processes.stop(process)
     for owner in owners:
         system.processes.cleanup(owner.profile, owner.netns)
-    for registration in system.registry.dump():
-        if registration.key in {*keys, *recorded}:
-            _delete(system, registration.key)
-    shutil.rmtree(state_dir, ignore_errors=True)
-
-
-def _delete(system: System, key: HelperKey) -> None:
-    """The kernel takes a namespace apart, and with it rules that refer, some time after its last process has ended."""
     deadline = system.clock.monotonic() + _RELEASED_WITHIN_S
+    mine = (r.key for r in system.registry.dump() if r.key in {*keys, *recorded})
+    left = tuple(filter(None, [_delete(system, key, deadline) for key in mine]))
+    if not left:
+        shutil.rmtree(state_dir, ignore_errors=True)
+    return left
+
+
+def _delete(system: System, key: HelperKey, deadline: float) -> str:
+    """Why it stays, if it does.
+
+    The kernel takes a namespace apart, and with it rules that refer, some time after its last process has ended.
+    """
     while True:
         try:
             system.registry.delete(key)
         except KernelError as error:
             if error.errno == errno.ENOENT:  # its supervisor was faster
-                return
+                return ""
             if error.errno != errno.EBUSY or system.clock.monotonic() > deadline:
-                raise
+                return str(error)
             system.clock.sleep(_POLL_S)
         else:
-            return
+            return ""
 
 
 def _is_alive(path: Path) -> bool:

@@ -48,7 +48,8 @@ def rollback_text(ended: Rollback) -> str:
     if ended.report and ended.report.declined:
         return "Nothing was changed.\n"
     if ended.report and ended.report.leftovers:
-        return f"{_upper(ended.owner)} is not wholly removed.\n"
+        way = "removed" if ended.to is None else "as it was before"
+        return f"{_upper(ended.owner)} is not wholly {way}.\n"
     return f"Rolled back: {_is_now(ended.owner, ended.to)}.\n"
 
 

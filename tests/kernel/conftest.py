@@ -26,7 +26,9 @@ from orchestrator.kernel.nft import nft_tables
 from tests.hosts import Harness
 
 NAMESPACES = (CLIENT, ROUTER, SERVER)
-_PROCESSES = re.compile(r"/(supervise/supervisor|supervise/foreground|engine/process)\.py\0|(^|/)conntrackd\0")
+_PROCESSES = re.compile(
+    r"/(supervise/supervisor|supervise/foreground|engine/process)\.py\0|(^|/)conntrackd\0|\0-m\0orchestrator[.\0]"
+)
 HELPER_MODULES = (
     *("nf_nat_ftp", "nf_nat_tftp", "nf_nat_sip", "nf_nat_irc", "nf_nat_h323", "nf_nat_pptp", "nf_nat_amanda"),
     *("nf_conntrack_ftp", "nf_conntrack_tftp", "nf_conntrack_sip", "nf_conntrack_irc", "nf_conntrack_h323"),
@@ -142,19 +144,23 @@ def _legacy_tables() -> list[tuple[str, str]]:
 
 
 def _kill_processes() -> None:
-    """SIGKILL to all that orch started, and wait until the kernel has let go of everything that they held."""
-    dying = []
-    for pid in _processes():
-        with contextlib.suppress(ProcessLookupError):
-            dying.append(os.pidfd_open(pid))
-            signal.pidfd_send_signal(dying[-1], signal.SIGKILL)
-    for pidfd in dying:
-        assert select.select([pidfd], [], [], 30)[0]
-        os.close(pidfd)
+    """SIGKILL to all that orch started, and wait until the kernel has let go of everything that they held.
+
+    Again until there is none: one may have started another meanwhile.
+    """
+    while pids := _processes():
+        dying = []
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                dying.append(os.pidfd_open(pid))
+                signal.pidfd_send_signal(dying[-1], signal.SIGKILL)
+        for pidfd in dying:
+            assert select.select([pidfd], [], [], 30)[0]
+            os.close(pidfd)
 
 
 def _processes() -> list[int]:
-    """Supervisors, helper processes and conntrackds."""
+    """Supervisors, the commands that they run, helper processes and conntrackds."""
     pids = [int(entry.name) for entry in os.scandir("/proc") if entry.name.isdigit()]
     return [pid for pid in pids if _PROCESSES.search(_read(f"/proc/{pid}/cmdline"))]
 

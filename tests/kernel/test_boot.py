@@ -43,13 +43,21 @@ RemainAfterExit=yes
 NetworkNamespacePath=/run/netns/{netns}
 ExecStart=nft list table inet orch-ftp
 """
+# The other firewalls of a distribution, in the router; they load iptables' table raw, or flush it.
+IN_THE_ROUTER = "[Service]\nNetworkNamespacePath=/run/netns/{netns}\n"
+FIREWALLD, PERSISTENT = "firewalld.service", "netfilter-persistent.service"
+BUS = ("dbus.service", "dbus.socket")
+BUS_USER = "messagebus"
+IPTABLES_RULES = Path("/etc/iptables/rules.v4")
+MARK = "lab-mark"
 _WITHIN_S = 240.0  # a guest is slow to start a program, and this takes several
-FIGURES = REPORTS.setdefault("service: the rules are there again after a restart of nftables", [])
+FIGURES = REPORTS.setdefault("service: the rules are there again after a restart of the firewall", [])
 
 
-def profile(name: str, netns: str = "") -> str:
+def profile(name: str, netns: str = "", backend: str = "nftables") -> str:
     place = f"netns: {netns}\n" if netns else ""
-    return f"profile: {name}\n{place}helpers:\n  ftp: {{attach: [{{path: incoming, ports: 2121}}]}}\n"
+    ftp = "ftp: {attach: [{path: incoming, ports: 2121}]}"
+    return f"profile: {name}\n{place}backend: {backend}\nhelpers:\n  {ftp}\n"
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +177,7 @@ def test_at_boot_it_is_applied_after_the_firewall_and_before_the_network_is_used
 def test_a_restart_of_the_firewall_applies_it_again(systemd: Systemd, orch: Harness) -> None:
     pid = systemd.properties(FTP, "MainPID")
     systemd.run("systemctl", "restart", FIREWALL)
-    FIGURES.append(f"after {wait_for_rules():.2f} s")
+    FIGURES.append(f"{FIREWALL}, restart: {wait_for_rules():.2f} s")
     transfer(21002)
     systemd.run("systemctl", "stop", FIREWALL)
     until(lambda: not has_rules(), "its stop flushes")
@@ -190,6 +198,48 @@ def test_a_namespace_that_comes_and_goes_is_followed(systemd: Systemd, orch: Har
     transfer(21004)
     run("ip", "netns", "add", LATE)
     wait_until(systemd, LATE_UNIT, "active")
+
+
+def raw_table() -> str:
+    return topology.inside(ROUTER, "iptables-nft-save", "-t", "raw").stdout
+
+
+def wait_until_flushed_and_applied(systemd: Systemd, *command: str) -> float:
+    """Seconds from a command that flushes until it has done so, and the rules are there again."""
+    topology.inside(ROUTER, "iptables-nft", "-t", "raw", "-N", MARK)
+
+    def is_again() -> bool:
+        table = raw_table()
+        return MARK not in table and "-j orch-ftp-pre" in table
+
+    systemd.run("systemctl", *command)
+    try:
+        return until(is_again, f"after {' '.join(command)}", within_s=_WITHIN_S)
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n{systemd.journal(FTP)}\n{raw_table()}") from error
+
+
+def test_other_firewalls_flush_the_rules_of_iptables(systemd: Systemd, orch: Harness) -> None:
+    """Those of nftables they leave alone.
+
+    firewalld flushes after it told systemd that it has started, or reloads; and it conflicts with nftables.service.
+    """
+    systemd.run("systemctl", "stop", FIREWALL)
+    (PROFILES / "ftp.yaml").write_text(profile("ftp", backend="iptables-nft"))
+    IPTABLES_RULES.parent.mkdir(exist_ok=True)
+    IPTABLES_RULES.write_text("*raw\n:PREROUTING ACCEPT [0:0]\n:OUTPUT ACCEPT [0:0]\nCOMMIT\n")
+    run("useradd", "--system", BUS_USER, check=False)  # Debian's dbus makes it; the sysroot runs no package script
+    for unit in (FIREWALLD, PERSISTENT, *BUS):
+        (systemd.units / unit).symlink_to(SHIPPED_UNITS / unit)
+    for unit in (FIREWALLD, PERSISTENT):
+        systemd.install(f"{unit}.d/netns.conf", IN_THE_ROUTER.format(netns=ROUTER))
+    pid = systemd.properties(FTP, "MainPID")
+    systemd.run("systemctl", "reload", FTP)
+    until(lambda: "-j orch-ftp-pre" in raw_table(), "the rules are those of iptables", within_s=_WITHIN_S)
+    for command, unit in (("restart", PERSISTENT), ("restart", FIREWALLD), ("reload", FIREWALLD)):
+        FIGURES.append(f"{unit}, {command}: {wait_until_flushed_and_applied(systemd, command, unit):.2f} s")
+    systemd.run("systemctl", "stop", FIREWALLD, PERSISTENT)
+    assert systemd.properties(FTP, "MainPID") == pid
 
 
 def test_what_was_enabled_is_taken_away_again(systemd: Systemd, orch: Harness) -> None:

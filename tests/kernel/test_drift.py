@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import ftplib
 import json
 import os
 import queue
@@ -17,10 +19,12 @@ from pathlib import Path
 
 import pytest
 
-from lab.topology import ROUTER, inside, run
+from lab.topology import CLIENT, ROUTER, SERVER_IP, inside, run
 from orchestrator.app import boot_id
+from orchestrator.drift import Limits, Outcome, mend
 from orchestrator.engine import netlink
 from orchestrator.engine.nfqueue import encode_config
+from orchestrator.errors import KernelError
 from orchestrator.kernel.netns import entered, find
 from orchestrator.model import HelperKey, L3Proto, L4Proto, Registration
 from orchestrator.reports import PlanRefusedError
@@ -199,6 +203,61 @@ def test_a_queue_that_somebody_else_has_is_named(orch: Harness) -> None:
             orch.apply(PROFILE, ROUTER)
     orch.apply(PROFILE, ROUTER)
     assert not drift_of(orch)
+
+
+SHARING = """
+profile: sharing
+families: [ip]
+helpers:
+  ftp: {name: ftp, queueing: registration, queue: 500, attach: [{path: outgoing}], process: {restart: never}}
+"""
+
+
+def inspected(orch: Harness) -> int:
+    """Packets that the helper process of the client has seen."""
+    (helper,) = orch.status("sharing").profiles[0].helpers
+    assert helper.counters is not None
+    return helper.counters.counters.packets
+
+
+def log_in() -> None:
+    with entered(find(CLIENT)), ftplib.FTP(SERVER_IP, timeout=WITHIN_S) as client:
+        client.login()
+
+
+def test_rules_elsewhere_that_hold_on_to_a_registration_that_was_made_again(orch: Harness) -> None:
+    """Since 7.3 a registration can be deleted under the rules that name it; before, the kernel refuses."""
+    if not _can_delete_what_rules_name(orch):
+        return
+    orch.apply(PROFILE, ROUTER)
+    orch.apply(SHARING, CLIENT)
+    try:
+        log_in()
+        until(lambda: inspected(orch) > 0, "the session is inspected")
+        orch.system.registry.delete(KEY)
+        orch.apply(PROFILE, ROUTER)
+        drift = orch.status("sharing").profiles[0].drift
+        assert drift == ("inet orch-sharing: they would go on attaching a helper that is gone",)
+        before = inspected(orch)
+        log_in()
+        assert inspected(orch) == before
+        report = mend(orch.app(), orch.status("sharing").profiles[0].owner, Limits())
+        assert (report.outcome, len(report.changes)) == (Outcome.MENDED, 1)
+        log_in()
+        until(lambda: inspected(orch) > before, "the session is inspected again")
+        assert orch.status().is_right
+    finally:
+        orch.teardown("sharing", CLIENT)
+
+
+def _can_delete_what_rules_name(orch: Harness) -> bool:
+    try:
+        orch.system.registry.delete(KEY)
+    except KernelError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Updates under traffic: a client makes expectations all the time, and each is there when its announcement arrives.
 
-ORCH_UPDATES is how many updates there are in each queueing.
+ORCH_UPDATES is how many updates there are in each queueing; of conntrackd there are half as many.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from lab.control import Control, control
 from lab.topology import ROUTER, ROUTER_FILTER, load_filter
 from orchestrator import launches
 from orchestrator.engine.counters import Snapshot
+from orchestrator.engine.names import handover_socket
 from orchestrator.execute import Outcome
 from orchestrator.kernel.netns import find
 from orchestrator.model import QueueRow
@@ -100,8 +101,10 @@ class Client:
         ports = itertools.cycle(PORTS)
         try:
             with control() as lasting:
+                lasting.chat()  # conntrackd reads no first line
                 while not self._is_over.is_set():
                     with control() as brief:
+                        brief.chat()
                         for talk in (lasting, brief) * _SESSION_LEN:
                             self._announce(talk, next(ports))
         except (OSError, AssertionError) as error:
@@ -147,13 +150,41 @@ def updates(queueing: str) -> Iterator[tuple[str, str]]:
                 yield "program", profile(queueing, queue=queue, policies=policies, guard=guard)
 
 
+def of_conntrackd(*, queue: int = 500, policies: str = "", has_tftp: bool = False) -> str:
+    """With tftp each has the queue that the other one had when the number changes."""
+    tftp = f"  tftp: {{engine: conntrackd, queue: {1001 - queue}}}\n" if has_tftp else ""
+    return (
+        "profile: gap\nfamilies: ip\nhelpers:\n"
+        f"  ftp: {{engine: conntrackd, queue: {queue}, {policies} attach: [{{path: incoming, ports: {FTP_PORT}}}]}}\n"
+        f"{tftp}"
+    )
+
+
+def updates_of_conntrackd() -> Iterator[tuple[str, str]]:
+    """What changes, and the profile then; with `program` conntrackd counts as another."""
+    queue, policies, has_tftp = 500, "", False
+    for number in itertools.count():
+        match number % 4:
+            case 0:
+                queue = 500 + (number // 4 + 1) % 2
+                yield "queue", of_conntrackd(queue=queue, policies=policies, has_tftp=has_tftp)
+            case 1:
+                has_tftp = not has_tftp
+                yield "helpers", of_conntrackd(queue=queue, policies=policies, has_tftp=has_tftp)
+            case 2:
+                yield "program", of_conntrackd(queue=queue, policies=policies, has_tftp=has_tftp)
+            case _:
+                policies = f"policies: {{ftp: {{expect_max: {2 + number % 3}, expect_timeout: 60}}}},"
+                yield "policies", of_conntrackd(queue=queue, policies=policies, has_tftp=has_tftp)
+
+
 @contextlib.contextmanager
-def updated(queueing: str, state: Path) -> Iterator[tuple[Updated, Client]]:
+def updated(first: str, state: Path) -> Iterator[tuple[Updated, Client]]:
     with clean_orch(state) as orch, expectations_made(ROUTER) as events:
         load_filter(ROUTER, ROUTER_FILTER)
         _EXPECTATIONS_MAX.write_text("4096")
         made = Updated(orch.system, orch.state_dir)
-        made.apply(profile(queueing), ROUTER)
+        made.apply(first, ROUTER)
         client = Client(events)
         client.start()
         try:
@@ -166,7 +197,7 @@ def updated(queueing: str, state: Path) -> Iterator[tuple[Updated, Client]]:
 
 @pytest.mark.parametrize("queueing", QUEUEINGS)
 def test_no_packet_is_missed(routed: None, tmp_path: Path, queueing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with updated(queueing, tmp_path) as (orch, client):
+    with updated(profile(queueing), tmp_path) as (orch, client):
         before = client.announced
         for number, (what, text) in enumerate(itertools.islice(updates(queueing), UPDATES)):
             process = orch.process()
@@ -189,5 +220,50 @@ def test_no_packet_is_missed(routed: None, tmp_path: Path, queueing: str, monkey
         assert orch.diff(text, ROUTER).plan.is_empty
         FIGURES.append(
             f"{queueing}: {UPDATES} updates, {client.announced - before} announcements, {queued} packets queued, "
+            f"none missed; one announcement took {client.longest_s * 1e3:.0f} ms at most"
+        )
+
+
+def test_one_that_hands_over_nothing_is_restarted(routed: None, tmp_path: Path) -> None:
+    with clean_orch(tmp_path) as host, expectations_made(ROUTER) as events:
+        load_filter(ROUTER, ROUTER_FILTER)
+        orch = Updated(host.system, host.state_dir)
+        orch.apply(profile("registration"), ROUTER)
+        before = orch.process()
+        (door,) = orch.state_dir.rglob(handover_socket("ftp"))
+        door.unlink()
+        door.touch()  # nobody listens there, which shows when a successor asks
+        changed = profile("registration", guard="2000-65535")
+        report = orch.apply(changed, ROUTER)
+        assert report.notes[0].startswith("ftp hands over nothing (")
+        assert [(c.subject, c.effect) for c in report.plan.changes] == [("ftp", "nothing is inspected meanwhile")]
+        assert orch.process().pid != before.pid
+        assert orch.diff(changed, ROUTER).plan.is_empty
+        with control() as talk:
+            assert talk.announce("PORT", PORTS[0]) == talk.announcement("PORT", PORTS[0])
+            assert [event.ends.dport for event in events.take()] == [PORTS[0]]
+
+
+def test_conntrackd_misses_no_packet(routed: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with updated(of_conntrackd(), tmp_path) as (orch, client):
+        before, count, longest_s = client.announced, max(1, UPDATES // 2), 0.0
+        for number, (what, text) in enumerate(itertools.islice(updates_of_conntrackd(), count)):
+            process = orch.process()
+            if what == "program":
+                monkeypatch.setattr(launches, "_program", lambda _, number=number: f"program {number}")
+            orch.steps.clear()
+            started = time.monotonic()
+            orch.apply(text, ROUTER)
+            longest_s = max(longest_s, time.monotonic() - started)
+            assert client.failures == [], what
+            assert (orch.process().pid == process.pid) is (what == "policies"), what
+            assert not any("able helper ftp-us/ip/tcp" in step for step in orch.steps), orch.steps
+            client.more(3)
+        client.stop()
+        rows = orch.rows()
+        assert [(row.queue_dropped, row.user_dropped) for row in rows] == [(0, 0)] * len(rows)
+        assert orch.diff(text, ROUTER).plan.is_empty
+        FIGURES.append(
+            f"conntrackd: {count} updates of {longest_s:.1f} s at most, {client.announced - before} announcements, "
             f"none missed; one announcement took {client.longest_s * 1e3:.0f} ms at most"
         )

@@ -6,10 +6,10 @@ from contextlib import suppress
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import invariant, rule
+from hypothesis.stateful import invariant, precondition, rule
 
 from orchestrator import confirm
-from orchestrator.errors import OrchError
+from orchestrator.errors import OrchError, RefusedError
 from orchestrator.model import Target
 from orchestrator.reports import Report, Trial
 from tests.faults import KILL, run
@@ -26,17 +26,65 @@ def try_out(orch: Harness, place: tuple[str, str], text: str) -> Report:
 
 
 class HostOnTrial(Host):
-    """A rollback leads to one of `texts`, which are all that was ever asked for."""
+    """A rollback leads to one of `texts`, which are all that was ever asked for.
+
+    `trial` is where something waits for its confirmation while other things happen, and what was there before it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.texts: set[str] = set()
+        self.trial: tuple[tuple[str, str], Target | None] | None = None
+
+    def teardown(self) -> None:
+        if self.trial:
+            confirm.confirm(self.orch.app(), "")
+        super().teardown()
+
+    def is_waiting(self) -> bool:
+        return self.trial is not None
+
+    def is_torn_down(self, place: tuple[str, str]) -> bool:
+        """While something waits that is refused, wherever there is anything."""
+        if not (self.trial and place in self.applied):
+            return super().is_torn_down(place)
+        before = self.kernel.dump_text()
+        with suppress(RefusedError):
+            self.orch.teardown(*place)
+            raise AssertionError("something waits")
+        assert self.kernel.dump_text() == before
+        return False
 
     def target(self, place: tuple[str, str]) -> Target | None:
         """What the ledger says is applied."""
         found = self.orch.app(place[1]).applied(place[0])
         return found[0].target if found else None
 
+    @precondition(lambda self: not self.trial)
+    @rule(place=places, helpers=helpers())
+    def begin_to_wait(self, place: tuple[str, str], helpers: str) -> None:
+        text = f"profile: {place[0]}\nhelpers:\n{helpers}"
+        before = self.target(place)
+        with suppress(OrchError):
+            if try_out(self.orch, place, text).pending:
+                self.trial = (place, before)
+        self.note(place, text)
+
+    @precondition(lambda self: self.trial)
+    @rule(verdict=st.sampled_from(["yes", "no", "late"]))
+    def wait_no_longer(self, verdict: str) -> None:
+        """Whatever happened meanwhile, it is kept, or what was before is back."""
+        assert self.trial is not None
+        (place, before), self.trial = self.trial, None
+        after = self.target(place)
+        if verdict == "yes":
+            confirm.confirm(self.orch.app(), "")
+        else:
+            self.undo(verdict)
+        assert self.target(place) == (after if verdict == "yes" else before) or self.is_broken
+        self.note(place)
+
+    @precondition(lambda self: not self.trial)
     @rule(
         place=places,
         helpers=helpers(),
@@ -61,6 +109,7 @@ class HostOnTrial(Host):
             assert self.target(place) == before or self.is_broken
         self.note(place, text)
 
+    @precondition(lambda self: not self.trial)
     @rule(place=places)
     def roll_back(self, place: tuple[str, str]) -> None:
         """It becomes what it was before, which is something else than now; or that is refused, and nothing changes."""
@@ -95,9 +144,9 @@ class HostOnTrial(Host):
             return bool(ledger.pending())
 
     @invariant()
-    def nothing_is_left_waiting(self) -> None:
+    def only_what_is_on_trial_waits(self) -> None:
         self.texts |= set(self.applied.values())
-        assert not self.waits()
+        assert self.waits() == self.is_waiting()
 
 
 TestHostOnTrial = HostOnTrial.TestCase

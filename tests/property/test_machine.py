@@ -11,20 +11,24 @@ from pathlib import Path
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from orchestrator import confirm
-from orchestrator.errors import OrchError, RollbackError
+from orchestrator import confirm, drift
+from orchestrator.errors import KernelError, OrchError, RollbackError
 from orchestrator.fake import FakeKernel
-from orchestrator.model import HelperKey, L4Proto, QueueRow, Status
+from orchestrator.model import HelperKey, L3Proto, L4Proto, QueueRow, Status
 from orchestrator.reports import Trial
 from tests.faults import FOREIGN, KILL, MEMORY, SIGNAL, Fault, apply, of_others, run
 from tests.hosts import Harness, both
 
 HELPERS = {
-    "ftp": ["{engine: conntrackd}", "{queueing: registration}", "{queueing: registration, queue: 77}", "{}"],
+    "ftp": [
+        *("{engine: conntrackd}", "{queueing: registration}", "{queueing: registration, queue: 77}", "{}"),
+        "{engine: kernel}",
+    ],
     "tftp": ["{queueing: registration}", "{queueing: registration, policies: {tftp: {expect_max: 5}}}", "{}"],
 }
+MODULE = "nf_conntrack_ftp"
 SPACES = ("blue", "red")
 PROFILES = ("one", "two")
 places = st.tuples(st.sampled_from(PROFILES), st.sampled_from(SPACES))
@@ -44,13 +48,18 @@ class Host(RuleBasedStateMachine):
         super().__init__()
         self.directory = tempfile.TemporaryDirectory(dir=MEMORY)
         self.identities = itertools.count(1)
-        self.kernel = FakeKernel(modules_available={"nf_conntrack_ftp": (("ftp", L4Proto.TCP),)})
+        self.kernel = FakeKernel(modules_available={MODULE: (("ftp", L4Proto.TCP),), "nf_nat_ftp": ()})
         self.kernel.registrations[FOREIGN.key] = FOREIGN
         for name in SPACES:
             self.add_namespace(name)
         self.orch = Harness(self.kernel.system(), Path(self.directory.name) / "state")
         self.applied: dict[tuple[str, str], str] = {}
         self.is_broken = False
+
+    @initialize(is_new=st.booleans())
+    def boot(self, *, is_new: bool) -> None:
+        """7.3 unregisters what rules refer to."""
+        self.kernel.delete_ignores_references = is_new
 
     def teardown(self) -> None:
         """In the end all that orch has can be taken away, and what others have is left."""
@@ -93,8 +102,16 @@ class Host(RuleBasedStateMachine):
 
     @rule(place=places)
     def take_down(self, place: tuple[str, str]) -> None:
+        if self.is_torn_down(place):
+            self.applied.pop(place, None)
+
+    def is_torn_down(self, place: tuple[str, str]) -> bool:
         self.orch.teardown(*place)
-        self.applied.pop(place, None)
+        return True
+
+    def is_waiting(self) -> bool:
+        """Whether something has to be confirmed."""
+        return False
 
     @rule(
         place=places,
@@ -117,6 +134,19 @@ class Host(RuleBasedStateMachine):
         if place not in self.known():
             self.applied.pop(place, None)
 
+    @rule(place=places)
+    def watch(self, place: tuple[str, str]) -> None:
+        """A profile that is mended is as it was applied."""
+        app = self.orch.app(place[1])
+        for applied in app.applied(place[0]):
+            self.kernel.now += 0 if self.is_waiting() else 60
+            outcome = drift.mend(app, applied.owner, drift.Limits()).outcome
+            status = self.orch.status()
+            if outcome in (drift.Outcome.RIGHT, drift.Outcome.MENDED):
+                assert not any(profile.drift for profile in status.profiles if profile.owner == applied.owner)
+            self.is_broken = self.is_broken and not status.is_right
+
+    @precondition(lambda self: not self.is_waiting())
     @rule()
     def mend(self) -> None:
         """Everything is applied once more; where that is refused, as others block it, it is taken down before."""
@@ -176,6 +206,35 @@ class Host(RuleBasedStateMachine):
             self.kernel.registrations[key] = replace(seen, policies=policies)
             self.is_broken = True
 
+    @rule(number=st.integers(0, 5))
+    def take_over_registration(self, number: int) -> None:
+        """A neighbour makes it anew, with data of another length; before 7.3 it can only where no rule refers to it."""
+        registry = self.kernel.system().registry
+        ours = [key for key in sorted(self.kernel.registrations) if key != FOREIGN.key]
+        for key in ours[number : number + 1]:
+            seen = self.kernel.registrations[key]
+            with suppress(KernelError):
+                registry.delete(key)
+                registry.create(replace(seen, priv_data_len=seen.priv_data_len ^ 4, status=Status.DISABLED))
+                self.is_broken = True
+
+    @rule()
+    def load_module(self) -> None:
+        """Of the name of a helper that nobody registered; else it does not load."""
+        if not any(key.name == "ftp" for key in self.kernel.registrations):
+            self.kernel.modules_loaded.add(MODULE)
+
+    @rule()
+    def unload_module(self) -> None:
+        """Which works while no rule refers to its helper."""
+        if not any(self.kernel.is_referenced(HelperKey("ftp", l3proto, L4Proto.TCP)) for l3proto in L3Proto):
+            self.kernel.modules_loaded.discard(MODULE)
+            self.is_broken = self.is_broken or self.uses_module()
+
+    def uses_module(self) -> bool:
+        return any("engine: kernel" in text for text in self.applied.values())
+
+    @precondition(lambda self: not self.is_waiting())
     @rule(netns=st.sampled_from(SPACES))
     def lose_namespace(self, netns: str) -> None:
         """`ip netns del` and `ip netns add`: it lives on without a name while a process does; all is given back."""
@@ -197,7 +256,9 @@ class Host(RuleBasedStateMachine):
     def orch_knows_what_is_applied(self) -> None:
         status = self.orch.status()
         assert self.known() == set(self.applied)
-        assert self.is_broken or status.is_right
+        assert self.is_broken or self.is_waiting() or status.is_right
+        assert self.is_broken or not any(profile.drift for profile in status.profiles)
+        assert self.is_broken or not self.kernel.dead()
 
     @invariant()
     def registrations_have_their_users(self) -> None:

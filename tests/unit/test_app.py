@@ -535,18 +535,21 @@ def test_a_policy_is_updated_in_place(orch: Harness) -> None:
     assert orch.steps == ["update helper ftp-us/ip/tcp"]
 
 
-def test_another_queue_restarts_behind_a_disabled_registration(orch: Harness) -> None:
+def test_another_queue_is_inspected_all_the_time(orch: Harness) -> None:
     orch.apply(FTP)
     orch.steps.clear()
     orch.apply("profile: ftp\nhelpers: {ftp: {engine: conntrackd, queue: 9}}\n")
     assert orch.steps == [
-        "disable helper ftp-us/ip/tcp",
-        "drain queue 36160",
+        "start conntrackd-standin",
+        "put back registrations",
         "update helper ftp-us/ip/tcp",
+        "drain queue 36160",
         "stop conntrackd",
         "start conntrackd",
         "put back registrations",
-        "enable helper ftp-us/ip/tcp",
+        "update helper ftp-us/ip/tcp",
+        "drain queue 49152",
+        "stop conntrackd-standin",
     ]
     assert orch.status().profiles[0].drift == ()
 

@@ -156,6 +156,64 @@ def test_what_was_not_enabled_is_not_disabled(tmp_path: Path, capsys: pytest.Cap
     assert "orch-ftp@blue.service is enabled: give its namespace with --netns" in said.err
 
 
+@pytest.fixture
+def unit_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where units go, with a systemctl that agrees to everything."""
+    programs, units = tmp_path / "bin", tmp_path / "units"
+    programs.mkdir()
+    units.mkdir()
+    (programs / "systemctl").symlink_to("/bin/true")
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+    return units
+
+
+def written(profile: str, file: str, unit_dir: Path, netns: str = "", *, is_named: bool = False) -> tuple[str, ...]:
+    argv = ("/usr/bin/orch", "run", file)
+    unit = boot.service(profile, argv=argv, netns=netns, is_named=is_named)
+    return boot.enable(boot.documents(unit), unit_dir, is_now=False)
+
+
+@pytest.mark.parametrize("first, second", [("blue", "red"), ("", "blue"), ("blue", ""), ("/a/blue", "/b/blue")])
+@pytest.mark.parametrize("is_named", [True, False])
+def test_of_two_namespaces_the_second_does_not_take_the_units_of_the_first(
+    unit_dir: Path, first: str, second: str, *, is_named: bool
+) -> None:
+    written("ftp", "/etc/orch/first.yaml", unit_dir, first, is_named=is_named and bool(first))
+    before = {path.name: path.read_text() for path in unit_dir.iterdir()}
+    if is_named and Path(first).name != Path(second).name:
+        written("ftp", "/etc/orch/second.yaml", unit_dir, second, is_named=bool(second))
+    else:
+        with pytest.raises(RefusedError, match=r" already$") as caught:
+            written("ftp", "/etc/orch/second.yaml", unit_dir, second, is_named=is_named and bool(second))
+        assert caught.value.hint.startswith("--netns gives another namespace units of its own")
+        assert len(list(unit_dir.iterdir())) == len(before)
+    assert {name: (unit_dir / name).read_text() for name in before} == before
+
+
+def test_another_file_of_the_same_profile_and_namespace_takes_over(unit_dir: Path) -> None:
+    written("ftp", "/etc/orch/first.yaml", unit_dir, "blue")
+    assert written("ftp", "/etc/orch/second.yaml", unit_dir, "/run/netns/blue") == ("orch-ftp.service",)
+    assert written("ftp", "/etc/orch/second.yaml", unit_dir, "blue") == ()
+
+
+@pytest.mark.parametrize("of_first, of_second", [("blue", "red"), ("", "red"), ("blue", "")])
+def test_the_file_of_another_namespace_does_not_disable_it(unit_dir: Path, of_first: str, of_second: str) -> None:
+    names = boot.names("ftp", "")
+    written("ftp", "/etc/orch/first.yaml", unit_dir, of_first)
+    before = sorted(path.name for path in unit_dir.iterdir())
+    with pytest.raises(RefusedError, match=r"orch-ftp\.service is for "):
+        boot.disable(names, unit_dir, is_now=False, netns_path=boot.path_of(of_second))
+    assert sorted(path.name for path in unit_dir.iterdir()) == before
+    assert boot.disable(names, unit_dir, is_now=False, netns_path=boot.path_of(of_first))
+    assert not list(unit_dir.iterdir())
+
+
+def test_a_profile_is_disabled_by_name_whatever_its_namespace(unit_dir: Path) -> None:
+    written("ftp", "/etc/orch/first.yaml", unit_dir, "blue")
+    assert boot.disable(boot.names("ftp", ""), unit_dir, is_now=False)
+    assert not list(unit_dir.iterdir())
+
+
 def test_systemd_finds_nothing_wrong_with_the_units(tmp_path: Path) -> None:
     """`systemd-analyze verify` of a host with the programs that the units name."""
     for unit in boot.documents(replace(CASES["blue"], command="/bin/true")):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
+import re
+import sqlite3
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator import confirm
+from orchestrator.app import App
 from orchestrator.commands.confirm import new_trial
 from orchestrator.confirm import Verdict
 from orchestrator.errors import OrchError, ProfileError, RefusedError, RollbackError, UsageError
@@ -290,25 +294,154 @@ def test_what_the_ledger_does_not_know_is_refused(orch: Harness, kernel: FakeKer
     assert pending(orch) == ()
 
 
-def test_what_cannot_be_undone_in_time_is_told_and_tried_again(orch: Harness, kernel: FakeKernel) -> None:
-    orch.apply(FTP)
-    dump = kernel.dump_text()
-    try_out(orch, OTHER)
-    kernel.now += WITHIN_S
-    assert not orch.status().is_right
-    kernel.fail_at(0, errno.ENOMEM)
+@pytest.mark.parametrize("before", ["", FTP])
+@pytest.mark.parametrize("is_late", [True, False])
+def test_what_cannot_be_undone_hinders_nothing_else_and_is_tried_again(
+    tmp_path: Path, *, before: str, is_late: bool
+) -> None:
+    """A step of the way back fails, each in turn: the others are taken, and the next command, whichever, does the rest.
+
+    Nothing is enabled meanwhile that nobody listens to.
+    """
+    failed = 0
+    for event in count():
+        kernel = FakeKernel()
+        orch = Harness(kernel.system(), tmp_path / str(event))
+        if before:
+            orch.apply(before)
+        dump = plainly(kernel)
+        waiting = try_out(orch, OTHER).pending
+        assert waiting is not None
+        kernel.now += WITHIN_S * is_late
+        calls = len(kernel.calls)
+        kernel.fail_at(event, errno.EPERM)
+        left = late(orch) if is_late else leftovers(roll_back(orch))
+        assert kernel.deaf() == []
+        if len(kernel.calls) - calls <= event:
+            break
+        if not left:
+            assert plainly(kernel) == dump
+            continue
+        failed += 1
+        (rejected,) = pending(orch)
+        assert rejected == replace(waiting, is_rejected=True)
+        assert confirm.verdict(orch.app(), waiting) is Verdict.WAITING
+        status = orch.status()
+        assert all(profile.trial is None or profile.trial.is_overdue for profile in status.profiles)
+        assert not status.unsettled
+        assert orch.teardown("nobody").reports == ()
+        assert (plainly(kernel), pending(orch)) == (dump, ()), event
+        assert confirm.verdict(orch.app(), waiting) is Verdict.ROLLED_BACK
+        assert orch.status().is_right
+    assert failed > 3
+
+
+def plainly(kernel: FakeKernel) -> str:
+    """The dump, but for the queue numbers that conntrackd writes into its own registrations, which stay disabled."""
+    return re.sub(r"queue_num=\d+, (?=status=<Status.DISABLED)", "", kernel.dump_text())
+
+
+def die_at(operation: str) -> Callable[[str, str], None]:
+    def strike(called: str, _key: str) -> None:
+        if called == operation:
+            raise Killed
+
+    return strike
+
+
+def late(orch: Harness) -> tuple[str, ...]:
+    """What the next command could not undo."""
+    orch.warnings.clear()
     settle(orch)
-    assert any("it could not be undone" in sentence for sentence in orch.warnings)
-    (waiting,) = pending(orch)
-    kernel.fail_at(0, errno.ENOMEM)
-    kernel.now -= 1
-    with pytest.raises(RollbackError) as caught:
-        roll_back(orch)
-    assert caught.value.leftovers == ("what was applied for profile ftp in netns host and not confirmed",)
-    kernel.now += 1
+    said = "it could not be undone: "
+    return tuple(sentence.removeprefix(said) for sentence in orch.warnings if sentence.startswith(said))
+
+
+def leftovers(ended: confirm.Rollback) -> tuple[str, ...]:
+    return ended.report.leftovers if ended.report else ()
+
+
+def test_rules_come_back_though_a_process_does_not(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(BOTH)
+    rules, dump = dict(kernel.namespaces[""].rules), kernel.dump_text()
+    try_out(orch, "profile: ftp\nhelpers: {tftp: {}}\n")
+    assert kernel.namespaces[""].rules != rules
+    kernel.dying_programs.add("conntrackd")
+    left = leftovers(roll_back(orch))[0]
+    assert left.startswith("start conntrackd: ")
+    assert kernel.namespaces[""].rules == rules
+    assert kernel.deaf() == []
+    kernel.dying_programs.clear()
     settle(orch)
     assert kernel.dump_text() == dump
-    assert confirm.verdict(orch.app(), waiting) is Verdict.ROLLED_BACK
+
+
+def test_a_way_back_that_was_killed_goes_on_though_it_could_not_be_undone(orch: Harness, kernel: FakeKernel) -> None:
+    """A killed command is undone; here that needs a process that does not start any more."""
+    native = "profile: ftp\nhelpers: {tftp: {}}\n"
+    orch.apply(native)
+    dump = kernel.dump_text()
+    try_out(orch, FTP)
+    kernel.now += WITHIN_S
+    kernel.on_modify = die_at("unregister helper")
+    with pytest.raises(Killed):
+        settle(orch)
+    kernel.on_modify = None
+    kernel.dying_programs.add("conntrackd")
+    settle(orch)
+    assert (kernel.dump_text(), pending(orch)) == (dump, ())
+    assert orch.status().is_right
+
+
+def test_one_that_cannot_be_undone_is_in_the_way_of_its_own_profile_alone(orch: Harness, kernel: FakeKernel) -> None:
+    kernel.add_netns("blue")
+    orch.apply(FTP)
+    try_out(orch, OTHER)
+    kernel.now += WITHIN_S
+    kernel.programs.clear()
+    orch.apply("profile: other\nhelpers: {tftp: {name: own, attach: {ports: [6969]}}}\n")
+    orch.apply("profile: ftp\nhelpers: {tftp: {name: blue}}\n", "blue")
+    orch.teardown("ftp", "blue")
+    orch.teardown("other")
+    with pytest.raises(RefusedError, match="was not confirmed, and could not be undone") as caught:
+        orch.apply(FTP)
+    assert caught.value.hint == "orch teardown ftp takes it away, orch confirm ftp keeps what there is"
+    confirm.confirm(orch.app(), "ftp")
+    assert (pending(orch), orch.status().is_right) == ((), True)
+
+
+def test_somebody_is_there_again_who_undoes_it(orch: Harness, kernel: FakeKernel) -> None:
+    """Every watchdog was killed: the next command that writes starts another, if something waits still."""
+    started: list[tuple[Pending, ...]] = []
+    app = replace(orch.app(), guard=lambda: started.append(pending(orch)))
+
+    def write(app: App) -> None:
+        with app.settled("test"):
+            pass
+
+    orch.apply(FTP)
+    write(app)
+    waiting = try_out(orch, OTHER).pending
+    write(app)
+    with pytest.raises(RefusedError):
+        app.teardown("", every_netns=False)
+    assert started == [(waiting,), (waiting,)]
+    with closing(Ledger.open(orch.state_dir, boot_id="boot-1", create=True)) as ledger, ledger.watched(lambda: None):
+        write(app)
+    kernel.now += WITHIN_S
+    write(app)
+    assert len(started) == 2
+
+
+def test_where_nobody_can_be_started_who_undoes_it_that_is_told(orch: Harness) -> None:
+    def fails() -> None:
+        raise OrchError("no room for a process")
+
+    waiting = try_out(orch, FTP).pending
+    with replace(orch.app(), guard=fails).settled("test"):
+        pass
+    assert orch.warnings == ["nobody is there who would undo what is not confirmed: no room for a process"]
+    assert pending(orch) == (waiting,)
 
 
 def test_what_cannot_be_undone_can_be_torn_down(orch: Harness, kernel: FakeKernel) -> None:
@@ -318,7 +451,7 @@ def test_what_cannot_be_undone_can_be_torn_down(orch: Harness, kernel: FakeKerne
     kernel.now += WITHIN_S
     kernel.programs.clear()
     settle(orch)
-    with pytest.raises(RefusedError, match="waits for its confirmation"):
+    with pytest.raises(RefusedError, match="was not confirmed, and could not be undone"):
         orch.apply(FTP)
     orch.teardown("ftp")
     assert (kernel.dump_text(), pending(orch)) == (dump, ())
@@ -392,6 +525,17 @@ def test_a_watchdog_says_once_that_it_cannot_read_the_ledger(orch: Harness, capl
     ledger.write_bytes(b"nonsense" * 1000)
     dog._pending()
     assert len(caplog.records) == 2
+
+
+def test_a_watchdog_leaves_the_ledger_of_a_newer_orch_to_that(orch: Harness, caplog: pytest.LogCaptureFixture) -> None:
+    """It would wait for ever: the newer one has its own."""
+    try_out(orch, FTP)
+    with closing(sqlite3.connect(orch.state_dir / "ledger.sqlite")) as ledger, ledger:
+        ledger.execute("UPDATE meta SET value = '99' WHERE key = 'schema'")
+    before = (orch.state_dir / "ledger.sqlite").read_bytes()
+    assert Watchdog(orch.app())._pending() == ()
+    assert "the ledger is of a newer orch" in caplog.text
+    assert (orch.state_dir / "ledger.sqlite").read_bytes() == before
 
 
 def test_the_log_of_a_watchdog_that_tries_for_days_is_bounded(orch: Harness, kernel: FakeKernel) -> None:

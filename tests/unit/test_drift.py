@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.app import App
@@ -245,7 +247,11 @@ def test_live_connections_are_not_cut_without_a_person(orch: Harness, kernel: Fa
         Outcome.FAILED,
         "2 live connections would lose their helper: orch apply asks first",
     )
+    for _ in range(2 * LIMITS.repairs):  # what was never done is not done too often
+        assert look(orch) == replace(report, is_news=False)
     assert kernel.dump_text() == drifted
+    kernel.namespaces[""].connections.clear()
+    assert look(orch).outcome is Outcome.MENDED
 
 
 @pytest.mark.parametrize("state", [ProcessState.STARTING, ProcessState.BACKOFF, ProcessState.STOPPING])
@@ -280,6 +286,109 @@ def test_it_never_fights(orch: Harness, kernel: FakeKernel) -> None:
     assert look(orch) == replace(report, is_news=False)
     kernel.now = given_up_at + limits.quiet_s
     assert look(orch).outcome is Outcome.MENDED
+
+
+RULES_KINDS = ("the ruleset is flushed", "our table is emptied", "our table is edited")
+HELPER_KINDS = ("a registration is changed", "a process is killed", "the supervisor is gone")
+
+
+def fight_over(orch: Harness, kernel: FakeKernel, name: str) -> MendReport:
+    """Somebody does it again and again, until it is left alone."""
+    for _ in range(2):
+        MENDABLE[name].do(kernel)
+        report = look(orch, Limits(repairs=1))
+    return report
+
+
+@pytest.mark.parametrize(
+    ("fought", "other"),
+    [pair for rules in RULES_KINDS for helper in HELPER_KINDS for pair in ((rules, helper), (helper, rules))],
+)
+def test_what_is_fought_over_is_left_alone_and_the_rest_is_mended(
+    orch: Harness, kernel: FakeKernel, fought: str, other: str
+) -> None:
+    orch.apply(FTP)
+    before = kernel.dump_text()
+    given_up = fight_over(orch, kernel, fought)
+    assert (given_up.outcome, given_up.is_news) == (Outcome.GIVEN_UP, True)
+    left, drift = kernel.dump_text(), orch.status().profiles[0].drift
+    MENDABLE[other].do(kernel)
+    assert orch.status().profiles[0].drift != drift
+    orch.steps.clear()
+    report = look(orch)
+    assert (report.outcome, report.is_partial) == (Outcome.MENDED, True)
+    assert tuple(orch.steps) == MENDABLE[other].steps
+    assert (kernel.dump_text(), orch.status().profiles[0].drift) == (left, drift)
+    assert look(orch).outcome is Outcome.GIVEN_UP
+    assert orch.status().profiles[0].mending == given_up.reason
+    kernel.now += LIMITS.quiet_s
+    assert look(orch).outcome is Outcome.MENDED
+    assert kernel.dump_text() == before
+    assert orch.status().is_right
+
+
+@pytest.mark.parametrize("other", [*RULES_KINDS, "the supervisor is gone"])
+def test_what_cannot_be_right_without_what_is_fought_over_is_left_as_well(
+    orch: Harness, kernel: FakeKernel, other: str
+) -> None:
+    """Rules that name a helper that is missing would have the kernel load a module of that name."""
+    orch.apply(FTP)
+    before = kernel.dump_text()
+    assert fight_over(orch, kernel, "a registration is deleted").outcome is Outcome.GIVEN_UP
+    MENDABLE[other].do(kernel)
+    left = kernel.dump_text()
+    assert look(orch).outcome is Outcome.GIVEN_UP
+    assert kernel.dump_text() == left
+    kernel.now += LIMITS.quiet_s
+    assert look(orch).outcome is Outcome.MENDED
+    assert kernel.dump_text() == before
+
+
+TWO = "profile: ftp\nhelpers:\n  ftp: {queueing: registration}\n  tftp: {queueing: registration}\n"
+THINGS = ("rules", "process ftp", "process tftp", *(f"{name}/{l3}" for name in ("ftp", "tftp") for l3 in ("ip", "ip6")))
+
+
+def disturb(kernel: FakeKernel, thing: str) -> None:
+    """Somebody flushes the rules, kills a process, or changes a registration; what is gone is gone."""
+    if thing == "rules":
+        return flush_ruleset(kernel)
+    word, _, name = thing.partition(" ")
+    if word == "process":
+        for found in [p for p, (seen, _) in kernel.running_processes.items() if seen.name == name]:
+            kernel.kill(found)
+        return None
+    name, _, l3proto = thing.partition("/")
+    for key, seen in kernel.registrations.items():
+        if (key.name.removesuffix("-us"), key.l3proto) == (name, l3proto):
+            kernel.registrations[key] = replace(seen, policies=tuple(replace(p, expect_max=9) for p in seen.policies))
+    return None
+
+
+@settings(max_examples=25, deadline=None)
+@given(fought=st.sets(st.sampled_from(THINGS), min_size=1), others=st.sets(st.sampled_from(THINGS)))
+def test_whatever_is_left_alone_nothing_is_blocked_and_all_else_is_mended(fought: set[str], others: set[str]) -> None:
+    kernel = FakeKernel()
+    with tempfile.TemporaryDirectory() as directory:
+        orch = Harness(kernel.system(), Path(directory))
+        orch.apply(TWO)
+        for _ in range(2):
+            for thing in fought:
+                disturb(kernel, thing)
+            given_up = look(orch, Limits(repairs=1))
+        assert given_up.outcome is Outcome.GIVEN_UP
+        left = orch.status().profiles[0].drift
+        for thing in others:
+            disturb(kernel, thing)
+        reports = [look(orch) for _ in range(4)]
+        assert reports[-1].outcome is Outcome.GIVEN_UP
+        assert (kernel.deaf(), kernel.dangling()) == ([], [])
+        now = orch.status().profiles[0].drift
+        assert {line.partition(": ")[0] for line in left} <= {line.partition(": ")[0] for line in now}
+        helpers = {thing.split("/")[0].removeprefix("process ") for thing in fought}
+        if not helpers & {thing.split("/")[0].removeprefix("process ") for thing in others}:
+            assert now == left
+        orch.apply(TWO)
+        assert orch.status().is_right
 
 
 def test_an_apply_makes_it_mend_again(orch: Harness, kernel: FakeKernel) -> None:
@@ -322,7 +431,7 @@ def test_nothing_is_mended_more_often_than_it_may_be(events: list[tuple[str, flo
     now_s, mending = 1000.0, Mending()
     for subject, pause_s in events:
         now_s += pause_s
-        if wait_s(mending, [subject], now_s, limits) == 0.0:
+        if wait_s(mending, subject, now_s, limits) == 0.0:
             mending = replace(mending, repairs=(*mending.repairs, Repair(subject, now_s)))
         recent = Counter(r.subject for r in mending.repairs if now_s - r.at < limits.within_s)
         assert max(recent.values(), default=0) <= repairs
@@ -332,11 +441,11 @@ def test_nothing_is_mended_more_often_than_it_may_be(events: list[tuple[str, flo
 def test_who_waits_as_long_as_told_may_mend(ago_s: list[float], repairs: int) -> None:
     limits, now_s = Limits(repairs), 1000.0
     mending = Mending(tuple(Repair("a", now_s - seconds) for seconds in ago_s))
-    told = wait_s(mending, ["a"], now_s, limits)
-    assert wait_s(mending, ["b"], now_s, limits) == 0.0
+    told = wait_s(mending, "a", now_s, limits)
+    assert wait_s(mending, "b", now_s, limits) == 0.0
     if told is not None:
         assert 0.0 <= told <= limits.within_s
-        assert wait_s(mending, ["a"], now_s + told + 1e-6, limits) == 0.0
+        assert wait_s(mending, "a", now_s + told + 1e-6, limits) == 0.0
 
 
 RECONCILED = f"{FTP}reconcile: true\n"

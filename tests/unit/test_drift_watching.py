@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import queue
@@ -23,8 +24,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.engine import netlink
-from orchestrator.kernel.netns import scratch
-from orchestrator.model import is_profile_name
+from orchestrator.journal import Ledger, note_child
+from orchestrator.kernel.clock import MonotonicClock
+from orchestrator.kernel.iptables import IptablesRules
+from orchestrator.kernel.netns import entered, find, scratch
+from orchestrator.model import Backend, Document, Rules, is_profile_name
 from orchestrator.supervise import watching
 from orchestrator.supervise.glance import glance
 from orchestrator.supervise.watching import Commit, CommitReader, Commits
@@ -34,8 +38,9 @@ CONFIG = 0x302  # NFNL_SUBSYS_QUEUE, NFQNL_MSG_CONFIG
 BIND = bytes((1, 0, 0, 0))
 ACKNOWLEDGED = netlink.NLM_F_REQUEST | netlink.NLM_F_ACK
 NEWTABLE, NEWRULE, NEWGEN = 0xA00, 0xA06, 0xA0F
+SEARCH_PATH = "/usr/sbin:/sbin:/usr/bin:/bin"
 root = pytest.mark.skipif(
-    os.geteuid() != 0 or shutil.which("nft", path="/usr/sbin:/sbin:/usr/bin:/bin") is None, reason="needs root and nft"
+    os.geteuid() != 0 or shutil.which("nft", path=SEARCH_PATH) is None, reason="needs root and nft"
 )
 PROFILE = """
 profile: ftp
@@ -81,11 +86,49 @@ def test_any_bytes_are_read(data: bytes) -> None:
         assert isinstance(commit, Commit)
 
 
+def test_a_supervisor_looks_again() -> None:
+    """What waits is looked at with every glance, what fails ever more seldom, but never less than what is right."""
+    assert [watching.patience_after(code, 1, is_known=True) for code in (0, 2)] == [20, 1]
+    assert watching.patience_after(0, 20, is_known=False) == 1
+    waits = [1]
+    for _ in range(6):
+        waits.append(watching.patience_after(1, waits[-1], is_known=True))
+    assert waits == [1, 2, 4, 8, 16, 20, 20]
+    assert watching.patience_after(128 + signal.SIGKILL, 4, is_known=False) == 8
+
+
 def test_the_holder_of_the_lock_is_known(tmp_path: Path) -> None:
     assert not watching.is_by_holder(Commit(frozenset(), 7), str(tmp_path))
     (tmp_path / "lock").write_text("orch apply ftp.yaml (pid 7)")
     assert watching.is_by_holder(Commit(frozenset(), 7), str(tmp_path))
     assert not watching.is_by_holder(Commit(frozenset(), 8), str(tmp_path))
+    note_child(tmp_path, 8)
+    assert watching.is_by_holder(Commit(frozenset(), 7), str(tmp_path))
+    assert watching.is_by_holder(Commit(frozenset(), 8), str(tmp_path))
+    assert not watching.is_by_holder(Commit(frozenset(), 9), str(tmp_path))
+
+
+@root
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("iptables-nft-restore", path=SEARCH_PATH) is None, reason="needs iptables")
+def test_what_iptables_does_for_us_is_our_doing(netns: str, tmp_path: Path) -> None:
+    """iptables is a program of its own; what somebody else has it do is theirs."""
+    iptables = IptablesRules(Backend.IPTABLES_NFT, functools.partial(note_child, tmp_path))
+    text = "*raw\n:orch-x-pre - [0:0]\n-A PREROUTING -j orch-x-pre\nCOMMIT\n"
+    rules = Rules(Backend.IPTABLES_NFT, "x", "", (Document("x.iptables", text),))
+    ledger = Ledger.open(tmp_path, boot_id="boot", create=True)
+    there = find(netns)
+    with entered(there):
+        commits = Commits()
+    with contextlib.closing(commits), ledger.locked("test", wait_s=0, clock=MonotonicClock()):
+        inside(netns, "iptables-nft", "-t", "raw", "-A", "OUTPUT")
+        (theirs,) = commits.read()
+        iptables.load(there, rules)
+        iptables.remove(there, rules.profile)
+        ours = commits.read()
+        assert len(ours) == 2
+        assert all(watching.is_by_holder(commit, str(tmp_path)) for commit in ours)
+        assert not watching.is_by_holder(theirs, str(tmp_path))
 
 
 @root
@@ -216,6 +259,12 @@ def test_watch_mends_what_nf_tables_tells_of_says_who_did_it_and_never_fights(ne
         status = run_orch(state, "status")
         assert status.returncode == 2
         assert "not mended: inet orch-ftp was mended 2 times" in status.stdout
+        with started(orch(state, "watch", "--json", "--interval", "600")) as another:
+            assert "inet orch-ftp was mended 2 times" in json.loads(another.line_with('"given up"'))["reason"]
+            assert another.end(signal.SIGTERM) == 0
+        assert "given up: inet orch-ftp missing" in run_orch(state, "watch", "--once").stdout
+        known = run_orch(state, "watch", "--once", "--news")
+        assert (known.returncode, known.stdout) == (2, "")
         assert run_orch(state, "apply", str(profile)).returncode == 0
         assert inside(netns, "nft", "list", "table", "inet", "orch-ftp") == table
         inside(netns, "nft", "delete table inet orch-ftp")

@@ -39,10 +39,11 @@ from orchestrator.fake import FakeKernel
 from orchestrator.kernel.netns import scratch
 from orchestrator.model import L4Proto, Netns
 from orchestrator.ports import Lifetimes, ProcessState, Supervised
+from orchestrator.reports import Trial
 from orchestrator.session import ExitCode
-from orchestrator.state import Owner
+from orchestrator.state import Held, Mending, Owner
 from orchestrator.views import machine
-from tests.hosts import Harness
+from tests.hosts import Harness, both
 from tests.metrics import check_figures, samples, value
 
 ROOT = Path(__file__).parents[2]
@@ -110,7 +111,8 @@ def names_of(text: str) -> set[str]:
 
 def test_the_text_is_as_it_was(orch: Harness) -> None:
     seen = scraper(orch).look()
-    profiles = tuple(replace(p, applied=replace(p.applied, applied_at=NOW - 3600)) for p in seen.profiles)
+    edge, rpc = (replace(p, applied=replace(p.applied, applied_at=NOW - 3600)) for p in seen.profiles)
+    profiles = (replace(edge, undone_in_s=45.0, held=1), rpc)
 
     class Then:
         def collect(self) -> Iterator[Any]:
@@ -146,6 +148,25 @@ def test_a_helper_is_up_while_its_process_runs_and_listens(orch: Harness, kernel
     queues = kernel.namespaces["blue"].queues
     queues.pop(min(queues))
     assert 0 in (up("blue", "ftp"), up("blue", "tftp"))
+
+
+def test_what_is_fought_over_and_what_has_to_be_confirmed_are_counted(orch: Harness, kernel: FakeKernel) -> None:
+    blue = {"profile": "edge", "netns": "blue"}
+    held, deadline = "orch_profile_drift_held", "orch_profile_confirm_deadline_timestamp_seconds"
+    assert (value(text_of(orch), held, **blue), value(text_of(orch), deadline, **blue)) == (0, None)
+    app = orch.app("blue")
+    (owner,) = (one.owner for one in app.applied())
+    with app.settled("test") as ledger:
+        ledger.remember_mending(owner, Mending(held=(Held("a", kernel.now + 9, "why"), Held("b", kernel.now, "why"))))
+    assert value(text_of(orch), held, **blue) == 1
+    desired, target = both(EDGE.replace("tftp: {queueing: registration}", "tftp: {}"))
+    app.apply(desired, target, ask=False, trial=Trial(60.0, lambda: None))
+    (seen,) = (profile for profile in scraper(orch).look().profiles if profile.applied.owner == owner)
+    assert seen.undone_in_s == pytest.approx(60.0, abs=1)
+    told = value(text_of(orch), deadline, **blue)
+    assert told is not None
+    assert told == pytest.approx(time.time() + 60, abs=30)
+    assert value(text_of(orch), held, **blue) == 0
 
 
 def test_a_namespace_that_is_gone_takes_nothing_with_it(orch: Harness, kernel: FakeKernel) -> None:

@@ -13,8 +13,9 @@ from orchestrator.execute import perform
 from orchestrator.fake import FakeKernel
 from orchestrator.model import HelperKey, Status
 from orchestrator.ports import Launch
+from orchestrator.reports import Trial
 from orchestrator.state import SucceedProcess
-from tests.hosts import Harness
+from tests.hosts import Harness, both
 
 QUEUEINGS = ("rules", "registration")
 queueings = pytest.mark.parametrize("queueing", QUEUEINGS)
@@ -122,6 +123,22 @@ def test_an_update_that_fails_anywhere_leaves_the_queues_as_they_were(
     assert calls >= 3
 
 
+def test_an_upgrade_that_does_not_come_up_is_not_tried_again_on_the_way_back(
+    orch: Harness, kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What ran before cannot be started any more: it runs on."""
+    text = profile("rules", "queue: 77")
+    orch.apply(text)
+    before = kernel.dump_text()
+    monkeypatch.setattr(launches, "_engine", lambda: "another")
+    kernel.dying_successors.add("ftp")
+    kernel.calls.clear()
+    with pytest.raises(OrchError, match="goes on as it was"):
+        orch.apply(text)
+    assert kernel.calls == ["hand over ftp"]
+    assert kernel.dump_text() == before
+
+
 @queueings
 def test_a_successor_that_does_not_come_up_changes_nothing(orch: Harness, kernel: FakeKernel, queueing: str) -> None:
     orch.apply(profile(queueing, "queue: 77"))
@@ -154,11 +171,12 @@ def test_after_orch_and_its_supervisor_were_killed_the_process_before_takes_over
     """Whoever undoes it starts a supervisor, and what runs goes on until it is taken over from."""
     orch.apply(profile("rules", "queue: 77"))
     before = launch_of(kernel, "ftp")
+    process = next(seen for seen, _ in kernel.running_processes.values() if seen.name == "ftp")
     orch.apply(profile("rules", "queue: 80"))
     for pid, (seen, launch) in kernel.running_processes.items():
         kernel.running_processes[pid] = (replace(seen, watched=False, hands_over=False), launch)
     after = launch_of(kernel, "ftp")
-    step = SucceedProcess(after, before, next(seen for seen, _ in kernel.running_processes.values()))
+    step = SucceedProcess(after, before, process)
     perform(step, orch.system, before.netns, is_undo=True)
     assert launch_of(kernel, "ftp") == before
     assert {number for number in kernel.namespaces[""].queues if number < 90} == {77, 78}
@@ -190,6 +208,61 @@ def test_the_way_back_leaves_no_queue_that_a_registration_has_still(orch: Harnes
     orch.apply(text)
     assert orch.diff(text).plan.is_empty
     assert not kernel.deaf()
+
+
+@pytest.mark.parametrize("after", ["queue: 77, guard: {ports: 2000-3000}", "queue: 80"])
+@queueings
+def test_one_that_hands_over_nothing_is_restarted_which_is_told(
+    orch: Harness, kernel: FakeKernel, queueing: str, after: str
+) -> None:
+    orch.apply(profile(queueing, "queue: 77"))
+    text = profile(queueing, after, tftp="queue: 90, guard: {ports: 2000-3000}")
+    kernel.keeping = {"ftp", "tftp"}
+    orch.steps.clear()
+    report = orch.apply(text)
+    told = [note.partition(" (")[0] for note in report.notes[:2]]
+    assert told == ["ftp hands over nothing", "tftp hands over nothing"]
+    assert {(c.detail.partition(",")[0], c.effect) for c in report.plan.changes if c.subject in kernel.keeping} == {
+        ("restart", "nothing is inspected meanwhile")
+    }
+    assert {"stop ftp", "start ftp", "stop tftp", "start tftp"} <= set(orch.steps)
+    assert not kernel.deaf()
+    assert orch.diff(text).plan.is_empty
+
+
+def test_a_restart_instead_is_on_trial_as_the_update_was(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(profile("rules", "queue: 77"))
+    kernel.keeping = {"ftp"}
+    desired, target = both(profile("rules", "queue: 77, guard: {ports: 2000-3000}"))
+    guarded: list[bool] = []
+    trial = Trial(60.0, guard=lambda: guarded.append(True))
+    report = orch.app().apply(desired, target, ask=False, trial=trial)
+    assert report.pending is not None
+    assert len(guarded) == 2
+    with orch.app().reading() as ledger:
+        assert ledger.pending() == (report.pending,)
+
+
+@queueings
+def test_a_restart_instead_that_fails_anywhere_leaves_all_as_it_was(
+    orch: Harness, kernel: FakeKernel, queueing: str
+) -> None:
+    orch.apply(profile(queueing, "queue: 77"))
+    before, calls = kernel.dump_text(), 0
+    kernel.keeping = {"ftp"}
+    while True:
+        for pid, (seen, launch) in kernel.running_processes.items():
+            kernel.running_processes[pid] = (replace(seen, hands_over=True), launch)
+        kernel.fail_at(calls, errno.ENOMEM)
+        try:
+            orch.apply(profile(queueing, "queue: 80"))
+        except KernelError:
+            assert kernel.dump_text() == before, calls
+            assert not kernel.deaf()
+            calls += 1
+            continue
+        break
+    assert calls >= 4
 
 
 def test_one_that_nobody_looks_after_is_restarted(orch: Harness, kernel: FakeKernel) -> None:

@@ -6,8 +6,10 @@ With packets of helped connections, and with queues that are bound and let go of
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -16,20 +18,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
-from orchestrator.engine import handover
+from orchestrator.engine import handover, nfqueue
 from orchestrator.engine.api import Bounds, Direction
 from orchestrator.engine.counters import Snapshot, State, read
 from orchestrator.engine.ctnetlink import SequenceAdjustment
 from orchestrator.engine.handover import HandoverError, Peer, reached
 from orchestrator.engine.inspector import Duty, Inspector
-from orchestrator.engine.names import NEXT, handover_socket
+from orchestrator.engine.names import NEXT, NOT_HANDED_OVER, handover_socket
 from orchestrator.helpers.ftp import Ftp
-from orchestrator.supervise import filters
+from orchestrator.supervise import filters, traces
 from tests.processes import DOCUMENT, QUEUE
 from tests.processes import NAME as PROCESS_NAME
 from tests.unit.test_loop import CLONE_NEWNET, QUEUE_NUM, WAIT_S, Net, a_net
@@ -42,12 +44,13 @@ NAME = "unit"
 SERVE = """
 import os, signal, socket, sys
 sys.path.append(sys.argv[1])
-from orchestrator.engine import ctnetlink, handover, names, netlink
+from orchestrator.engine import ctnetlink, handover, names, netlink, nfqueue
 from orchestrator.engine.api import Bounds
 from orchestrator.engine.counters import Page, State
 from orchestrator.engine.inspector import Duty, Inspector
 from orchestrator.engine.loop import Answers, Loop, stop_on
 from orchestrator.helpers.tftp import Tftp
+nfqueue._NFQA_CFG_F_CONNTRACK = 0  # which a kernel may lack
 is_first, name = len(sys.argv) > 2, "unit"
 predecessor = None if is_first else handover.Peer(names.handover_socket(name))
 queue = socket.socket(fileno=int(sys.argv[2])) if is_first else netlink.open_queue_socket(4096)
@@ -58,7 +61,7 @@ loop = Loop(queue, answers, inspector, page, accept_verdict=inspector.plain_verd
 stop_on(loop, {signal.SIGTERM})
 door = handover.Door(loop, inspector, page, queue)
 if is_first:
-    loop.queues.add(int(sys.argv[3]))
+    loop.queues[int(sys.argv[3])] = False
     listener = handover.listen(name)
 else:
     with_queue = {"queue_socket": queue, "page": page, "loop": loop, "inspector": inspector}
@@ -182,6 +185,101 @@ def test_a_successor_that_gives_up_leaves_everything_as_it_was(place: Place, unt
     assert says(place.first) == "left"
 
 
+def test_a_queue_is_configured_as_before_when_a_successor_gives_up(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nfqueue, "_NFQA_CFG_F_CONNTRACK", 0)
+    peer = place.peer()
+    left = peer.take([QUEUE_NUM])
+    peer.begin()
+    with socket.socket(fileno=left.queue_socket) as queue:
+        queue.send(nfqueue.encode_config(QUEUE_NUM, is_fail_open=True, max_len=1, is_bound=True, is_answered=False))
+    left.listener.close()
+    os.close(left.page)
+    peer.close()
+    place.passes(b"it goes on")
+    place.first.send_signal(signal.SIGSTOP)
+    until(lambda: traces.is_stopped(place.first.pid))
+    place.net.send(b"first", b"second", b"third")
+    place.net.receiver.settimeout(0)
+    with pytest.raises(BlockingIOError):  # a full queue that fails open would let the second pass
+        place.net.receive(1)
+    place.net.receiver.settimeout(WAIT_S)
+    place.first.send_signal(signal.SIGCONT)
+    assert place.net.receive(3) == [b"first", b"second", b"third"]
+
+
+def test_a_successor_without_room_for_what_it_is_handed_over_says_so(place: Place) -> None:
+    peer = place.peer()
+    before = open_files()
+    with room_for(2), pytest.raises(OSError, match="Too many open files") as raised:
+        peer.take([QUEUE_NUM])
+    assert raised.value.errno == errno.EMFILE
+    assert not isinstance(raised.value, HandoverError)  # its predecessor is not to blame
+    assert open_files() == before
+    peer.close()
+    place.passes(b"and on")
+    assert place.page().pid == place.first.pid
+
+
+def test_descriptors_that_nobody_waits_for_are_not_taken_in() -> None:
+    """A successor has a helper in it, which may send what it likes, and as often."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        before = open_files()
+        handover._send(theirs, handover._READY, (theirs.fileno(), 0))
+        assert handover._receive(ours) == (handover._READY, [])
+        assert open_files() == before
+
+
+@contextmanager
+def room_for(count: int) -> Iterator[None]:
+    """So many files can be opened."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, open_files())) + 10, hard))
+    spare: list[int] = []
+    try:
+        with suppress(OSError):
+            while True:
+                spare.append(os.dup(2))
+        for _ in range(count):
+            os.close(spare.pop())
+        yield
+    finally:
+        for descriptor in spare:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def open_files() -> set[str]:
+    return {entry.name for entry in Path("/proc/self/fd").iterdir()}
+
+
+@pytest.mark.slow
+def test_who_cannot_open_a_file_for_its_successor_goes_on_and_is_not_busy_with_it(place: Place) -> None:
+    pid = place.first.pid
+    taken = {int(entry.name) for entry in Path(f"/proc/{pid}/fd").iterdir()}
+    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (min(set(range(len(taken) + 1)) - taken), limits[1]))
+    place.peer().close()  # who waits in accept(2) has a descriptor for the first
+    before = cpu_s(pid)
+    peer = place.peer()
+    with pytest.raises(HandoverError, match="gone or silent"):
+        peer.take([QUEUE_NUM])  # two seconds
+    assert cpu_s(pid) - before < 0.5
+    place.passes(b"and on")
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+    peer.close()
+    place.start()
+    assert says(place.first) == "left"
+
+
+def cpu_s(pid: int) -> float:
+    """CPU time that a process has used. Source: proc(5), stat, utime and stime."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 @pytest.mark.slow
 def test_one_that_is_silent_stops_packets_for_two_seconds(place: Place) -> None:
     peer = place.peer()
@@ -190,7 +288,7 @@ def test_one_that_is_silent_stops_packets_for_two_seconds(place: Place) -> None:
     assert place.net.receive(1) == [b"meanwhile"]
     with pytest.raises(HandoverError):
         peer.begin()
-    assert left.queues == (QUEUE_NUM,)
+    assert left.queues == {QUEUE_NUM: False}
 
 
 @pytest.mark.slow
@@ -297,6 +395,7 @@ loading.end_after(lambda: process.main(sys.argv[2]))
 """
 
 
+@pytest.mark.slow
 def test_whole_processes_hand_over_with_all_that_holds_them(tmp_path: Path) -> None:
     """Filters of system calls in force, as a user of its own each; the second serves a further queue."""
     document = f"helper-{PROCESS_NAME}.toml"
@@ -311,6 +410,10 @@ def test_whole_processes_hand_over_with_all_that_holds_them(tmp_path: Path) -> N
         until(lambda: is_ready(page, process.pid))
         return process
 
+    def run(name: str) -> int:
+        command = [sys.executable, "-I", "-S", "-c", PROCESS, ROOT, name]
+        return subprocess.run(command, cwd=tmp_path, stderr=subprocess.DEVNULL, timeout=WAIT_S).returncode
+
     started: list[subprocess.Popen[bytes]] = []
     with ThreadPoolExecutor(1) as inside:  # a thread that gives up its namespace
         try:
@@ -324,6 +427,12 @@ def test_whole_processes_hand_over_with_all_that_holds_them(tmp_path: Path) -> N
             assert set(inside.submit(queues).result()) == {QUEUE + 1, QUEUE + 2}
             peer.close()
             assert read(page).counters.denied == 0
+            second.send_signal(signal.SIGSTOP)
+            assert inside.submit(run, f"{document}{NEXT}").result() == NOT_HANDED_OVER  # no answer
+            second.send_signal(signal.SIGCONT)
+            (tmp_path / handover_socket(PROCESS_NAME)).unlink()
+            assert inside.submit(run, f"{document}{NEXT}").result() == NOT_HANDED_OVER  # nobody to ask
+            assert set(inside.submit(queues).result()) == {QUEUE + 1, QUEUE + 2}
             second.terminate()
             assert second.wait(WAIT_S) == 0
         finally:

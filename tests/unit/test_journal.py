@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from orchestrator import journal
-from orchestrator.errors import OrchError, RefusedError
+from orchestrator import cli, journal
+from orchestrator.errors import LedgerVersionError, OrchError, RefusedError
 from orchestrator.fake import HOST, FakeKernel
 from orchestrator.journal import Ledger
 from orchestrator.launches import launches
 from orchestrator.model import Backend, HelperKey, L3Proto, L4Proto, Listing, Netns, Policy, Registration, Status
 from orchestrator.ports import ProcessSeen
 from orchestrator.serial import from_json, to_json
+from orchestrator.session import ExitCode
 from orchestrator.state import (
     Applied,
     CreateRegistration,
@@ -28,8 +33,11 @@ from orchestrator.state import (
     KeepRegistrations,
     LoadModule,
     LoadRules,
+    Mending,
     Owner,
+    Pending,
     RemoveRules,
+    Repair,
     StartProcess,
     Step,
     StopProcess,
@@ -174,6 +182,159 @@ def test_of_two_that_begin_a_boot_the_second_keeps_what_the_first_wrote(
 
     monkeypatch.setattr(journal, "_origin", slow)
     assert open_ledger(tmp_path).applied() == (applied(),)
+
+
+def contents(directory: Path) -> list[str]:
+    with closing(sqlite3.connect(directory / "ledger.sqlite")) as database:
+        return list(database.iterdump())
+
+
+def alter(directory: Path, script: str) -> None:
+    with closing(sqlite3.connect(directory / "ledger.sqlite", isolation_level=None)) as database:
+        database.executescript(script)
+
+
+NEWER = """
+UPDATE meta SET value = '99' WHERE key = 'schema';
+UPDATE meta SET value = '9.1' WHERE key = 'version';
+ALTER TABLE applied RENAME COLUMN value TO something;
+DROP TABLE stale;
+"""
+
+
+@pytest.mark.parametrize("create", [True, False])
+def test_what_a_newer_orch_wrote_is_neither_read_nor_lost(tmp_path: Path, *, create: bool) -> None:
+    open_ledger(tmp_path).settle_applied(None, applied())
+    alter(tmp_path, NEWER)
+    before = contents(tmp_path)
+    with pytest.raises(LedgerVersionError, match=r"of a newer orch: 9\.1") as caught:
+        open_ledger(tmp_path, create=create)
+    assert "schema 99" in caught.value.where
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("version", [None, "1.0"])
+def test_a_newer_one_of_another_boot_speaks_of_nothing(tmp_path: Path, version: str | None) -> None:
+    open_ledger(tmp_path).settle_applied(None, applied())
+    alter(tmp_path, NEWER + ("" if version else "DELETE FROM meta WHERE key = 'version';"))
+    assert not open_ledger(tmp_path, "boot-2", create=False).applied()
+    ledger = open_ledger(tmp_path, "boot-2")
+    ledger.settle_applied(None, applied())
+    assert open_ledger(tmp_path, "boot-2", create=False).applied() == (applied(),)
+
+
+def test_an_older_one_begins_anew(tmp_path: Path) -> None:
+    open_ledger(tmp_path).settle_applied(None, applied())
+    alter(tmp_path, "UPDATE meta SET value = '1' WHERE key = 'schema'; DROP TABLE history; DROP TABLE use;")
+    assert not open_ledger(tmp_path, create=False).applied()
+    ledger = open_ledger(tmp_path)
+    assert not ledger.applied()
+    ledger.settle_applied(None, applied())
+    assert ledger.history(Owner("ftp", HOST))
+
+
+def test_one_that_was_only_begun_is_empty(tmp_path: Path) -> None:
+    """Killed between making the file and writing into it."""
+    (tmp_path / "ledger.sqlite").touch()
+    assert not open_ledger(tmp_path, create=False).applied()
+    assert not open_ledger(tmp_path).applied()
+
+
+def read_all(ledger: Ledger) -> tuple[object, ...]:
+    owner = Owner("ftp", HOST)
+    return (
+        *(ledger.applied(), ledger.owners(), ledger.find(owner), ledger.neighbours(Owner("other", HOST))),
+        *(ledger.recorded(), ledger.users(), ledger.stale(owner), ledger.cookie(HOST), ledger.mending(owner)),
+        *(ledger.unsettled(), ledger.pending(), ledger.waiting(), ledger.history(owner), ledger.remembered()),
+    )
+
+
+def filled(directory: Path) -> None:
+    """Something in every table."""
+    with closing(open_ledger(directory)) as ledger:
+        ledger.recognise(HOST, 7)
+        ledger.settle_applied(None, applied())
+        ledger.settle_applied(None, applied(netns=BLUE))
+        ledger.remember_mending(Owner("ftp", HOST), Mending(repairs=(Repair("rules", 1.0),)))
+        waiting = Pending(Owner("ftp", BLUE), "ftp.yaml", applied(), 60.0, 100.0)
+        ledger.begin("apply", Owner("ftp", BLUE), steps(), pending=waiting)
+
+
+@pytest.fixture(scope="module")
+def content(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    directory = tmp_path_factory.mktemp("filled")
+    filled(directory)
+    return (directory / "ledger.sqlite").read_bytes()
+
+
+@given(data=st.data(), create=st.booleans())
+@settings(deadline=None)
+def test_a_damaged_one_is_told_and_raises_nothing_else(
+    content: bytes, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, *, create: bool
+) -> None:
+    directory = tmp_path_factory.mktemp("damaged")
+    file = directory / "ledger.sqlite"
+    start = data.draw(st.one_of(st.integers(0, 200), st.integers(0, len(content) - 1)))
+    damage = data.draw(st.binary(min_size=1, max_size=64))
+    file.write_bytes(content[:start] + damage + content[start + len(damage) :])
+    told: list[OrchError] = []
+    try:
+        with closing(open_ledger(directory, create=create)) as ledger:
+            read_all(ledger)
+    except OrchError as error:
+        told.append(error)
+    assert all(error.what.startswith("the ledger ") and error.where.startswith(str(file)) for error in told)
+
+
+@pytest.mark.parametrize("create", [True, False])
+def test_what_is_no_ledger_stays_as_it_is(tmp_path: Path, *, create: bool) -> None:
+    """It may have known of half-done work, and of a confirmation that waits: a person takes it away, not we."""
+    file = tmp_path / "ledger.sqlite"
+    file.write_bytes(b"nonsense" * 1000)
+    with pytest.raises(OrchError, match="the ledger cannot be read: file is not a database") as caught:
+        open_ledger(tmp_path, create=create)
+    assert caught.value.hint.startswith(f"mv {file} {file}.broken: ")
+    assert file.read_bytes() == b"nonsense" * 1000
+
+
+def test_a_value_that_is_none_is_told(tmp_path: Path) -> None:
+    open_ledger(tmp_path).settle_applied(None, applied())
+    alter(tmp_path, """UPDATE applied SET value = '{"is": "Applied"}'; UPDATE use SET key = key || '/x';""")
+    ledger = open_ledger(tmp_path, create=False)
+    for read in (ledger.applied, lambda: ledger.find(Owner("ftp", HOST)), ledger.users):
+        with pytest.raises(OrchError, match="the ledger cannot be read"):
+            read()
+
+
+def test_one_that_another_program_holds_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_ledger(tmp_path).settle_applied(None, applied())
+    monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, timeout=0))
+    with closing(sqlite3.connect(tmp_path / "ledger.sqlite", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        for create in (True, False):
+            with pytest.raises(OrchError, match="database is locked") as caught:
+                open_ledger(tmp_path, create=create).applied()
+            assert caught.value.hint == "another program holds it: try again"
+
+
+@pytest.mark.parametrize("content", [b"nonsense" * 1000, None])
+@pytest.mark.parametrize("words", ["status", "history", "teardown ftp", "confirm", "rollback", "diff {}", "apply {}"])
+def test_every_command_tells_it_in_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, content: bytes | None
+) -> None:
+    profile = tmp_path / "ftp.yaml"
+    profile.write_text("profile: ftp\nhelpers: {ftp: {engine: kernel}}\n")
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    open_ledger(tmp_path, boot_id).close()
+    alter(tmp_path, NEWER)
+    if content:
+        (tmp_path / "ledger.sqlite").write_bytes(content)
+    before = (tmp_path / "ledger.sqlite").read_bytes()
+    assert cli.run([*words.format(profile).split(), "--state-dir", str(tmp_path)]) == ExitCode.FAILED
+    said = capsys.readouterr().err
+    assert said.startswith("error: the ledger ")
+    assert said.count("error:") == 1
+    assert (tmp_path / "ledger.sqlite").read_bytes() == before
 
 
 def test_looking_creates_nothing(tmp_path: Path) -> None:

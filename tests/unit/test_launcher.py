@@ -7,10 +7,12 @@ import shutil
 import subprocess
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from orchestrator.engine.privileges import own_user
 from orchestrator.errors import HelperProcessError
 from orchestrator.kernel.netns import find
 from orchestrator.model import Netns
@@ -92,6 +94,64 @@ def test_the_log_of_the_start_before_is_kept(processes: LocalProcesses, netns: N
     assert "is root" in (directory / f"{NAME}.log.old").read_text()
 
 
+def marked(state_dir: Path, profile: str = PROFILE, name: str = NAME, *, uid: int = 0) -> subprocess.Popen[bytes]:
+    """Somebody's process that says it is one of ours."""
+    mark = "\x1f".join((str(state_dir), profile, name, "digest"))
+    environment = {"PATH": os.environ["PATH"], "ORCH_PROCESS": mark, "ORCH_SUPERVISOR": mark.replace("digest", "")}
+    if name:
+        del environment["ORCH_SUPERVISOR"]
+    return subprocess.Popen(["sleep", "1000"], env=environment, user=uid, group=uid, extra_groups=[])
+
+
+def seen(processes: LocalProcesses) -> set[int]:
+    return {process.pid for process in processes.running()} | processes.all_supervisors().keys()
+
+
+@pytest.mark.parametrize("name", [NAME, ""])
+def test_what_somebody_else_starts_is_not_ours(processes: LocalProcesses, tmp_path: Path, name: str) -> None:
+    """Else it would be adopted, and ended, and reported, and believed to listen."""
+    with marked(tmp_path, name=name) as ours, marked(tmp_path, name=name, uid=65534) as foreign:
+        try:
+            assert seen(processes) == {ours.pid}
+            (believed,) = processes.running()
+            processes.stop(replace(believed, pid=foreign.pid))
+            assert foreign.poll() is None, "it is left alone"
+        finally:
+            foreign.kill()
+            ours.kill()
+
+
+def test_a_helper_process_is_known_by_the_user_that_it_alone_is(
+    processes: LocalProcesses, netns: Netns, tmp_path: Path
+) -> None:
+    """It may write what it likes into its environment: that of another helper is another user's."""
+    here = find("")
+    own, other = (own_user(str(processes.runtime_dir(PROFILE, here)), name).uid for name in (NAME, "other"))
+    of_blue = own_user(str(processes.runtime_dir(PROFILE, netns)), NAME).uid
+    with marked(tmp_path, uid=own) as ours, marked(tmp_path, uid=other) as a, marked(tmp_path, uid=of_blue) as b:
+        try:
+            assert seen(processes) == {ours.pid}
+        finally:
+            for one in (ours, a, b):
+                one.kill()
+
+
+@pytest.mark.parametrize("suffix", ["", ".next"])
+def test_a_helper_process_of_a_named_user_is_known_by_its_document(
+    processes: LocalProcesses, tmp_path: Path, suffix: str
+) -> None:
+    directory = processes.runtime_dir(PROFILE, find(""))
+    directory.mkdir(parents=True)
+    with marked(tmp_path, uid=65534) as ours, marked(tmp_path, uid=1) as foreign:
+        try:
+            assert not seen(processes)
+            (directory / f"helper-{NAME}.toml{suffix}").write_text(DOCUMENT.replace('user = ""', 'user = "nobody"'))
+            assert seen(processes) == {ours.pid}
+        finally:
+            foreign.kill()
+            ours.kill()
+
+
 @pytest.mark.parametrize(
     "profile, name", [("ftp; delete table inet filter", NAME), ("../../tmp/x", NAME), (PROFILE, "../x")]
 )
@@ -100,11 +160,7 @@ def test_what_anybody_writes_into_an_environment_is_no_name(
 ) -> None:
     """A name becomes part of nft commands and of paths."""
 
-    def marked(*words: str) -> subprocess.Popen[bytes]:
-        mark = "\x1f".join((str(tmp_path), *words, "digest"))
-        return subprocess.Popen(["sleep", "1000"], env={**os.environ, "ORCH_PROCESS": mark}, user=65534)
-
-    with marked(profile, name) as other, marked(PROFILE, NAME) as ours:
+    with marked(tmp_path, profile, name) as other, marked(tmp_path, PROFILE, NAME) as ours:
         try:
             assert [process.pid for process in processes.running()] == [ours.pid]
         finally:

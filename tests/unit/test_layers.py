@@ -16,7 +16,7 @@ BASE = {"orchestrator", "errors", "model"}
 PURE = BASE | {"ports", "state", "catalogue", "overlap", "launches", "serial"}
 PROFILE = BASE | {"catalogue", "document", "overlap", "yamltext"}
 PROFILE |= {"profile_schema", "resolve", "choose", "attach", "queues"}
-PLAN = PURE | {"plan_registrations", "plan_processes", "plan_rules"}
+PLAN = PURE | {"plan_registrations", "plan_processes", "plan_rules", "plan_standin", "queues"}
 COMMAND = PURE | {"replay", "reports", "app", "execute", "kernel", "profile", "render", "supervise", "views"}
 LAYERS: dict[str, set[str]] = {
     "__main__": {"cli"},
@@ -33,7 +33,8 @@ LAYERS: dict[str, set[str]] = {
     **dict.fromkeys(("attach", "choose", "profile", "profile_schema", "queues", "resolve", "yamltext"), PROFILE),
     "document": BASE | {"engine"},
     **dict.fromkeys(("render", "ruleset"), BASE | {"document", "ruleset", "yamltext"}),
-    **dict.fromkeys(("plan", "plan_registrations", "plan_processes", "plan_rules"), PLAN),
+    **dict.fromkeys(("plan", "plan_registrations", "plan_processes", "plan_rules", "plan_standin"), PLAN),
+    "plan_around": PLAN | {"plan"},
     "journal": PURE,
     "execute": PURE | {"journal"},
     "observe": PURE | {"journal"},
@@ -45,7 +46,7 @@ LAYERS: dict[str, set[str]] = {
     "replay": {"errors", "engine", "supervise"},
     "settle": PURE | {"execute", "journal", "reports"},
     "app": PURE
-    | {"execute", "journal", "observe", "plan", "plan_registrations", "reports", "settle"}
+    | {"execute", "journal", "observe", "plan", "plan_around", "plan_registrations", "reports", "settle"}
     | {"status", "kernel", "supervise"},
     "exporter": PURE | {"engine", "journal", "status"},
     "doctor": PURE | {"app", "journal", "observe", "status", "verify"},
@@ -61,7 +62,7 @@ LAYERS: dict[str, set[str]] = {
     "boot": BASE | {"render"},
     "complete": set(),
     "verify": PURE | {"app", "journal", "kernel", "render", "reports", "verify"},
-    "session": COMMAND | {"complete"},
+    "session": COMMAND | {"complete", "watchdog"},
     "commands": COMMAND
     | {"doctor", "drift", "events", "explain", "journal", "exporter", "session", "verify", "watcher"}
     | {"boot", "complete", "confirm", "watchdog"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -47,6 +48,19 @@ def test_a_lock_of_a_dead_process_is_none(tmp_path: Path) -> None:
         holder.send_signal(signal.SIGKILL)
     with ledger.locked("test", wait_s=0, clock=MonotonicClock()):
         assert (tmp_path / "lock").read_text() == f"orch test (pid {os.getpid()})"
+    assert not ledger.is_locked()
+
+
+def test_a_full_disk_keeps_nobody_from_locking(tmp_path: Path) -> None:
+    ledger = open_ledger(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with ledger.locked("test", wait_s=0, clock=MonotonicClock()):
+            assert ledger.is_locked()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "lock").read_text() == ""
     assert not ledger.is_locked()
 
 

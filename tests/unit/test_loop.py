@@ -368,8 +368,36 @@ def test_a_queue_that_cannot_be_bound(net: Net, recorder: Recorder, page: Page) 
         answers = Answers(other, ctnetlink.Client(net.control), page.counters)
         made = Loop(other, answers, recorder, page, accept_verdict=accept)
         with pytest.raises(OSError) as raised:  # noqa: PT011
-            made.bind(QUEUE_NUM, is_fail_open=True, max_len=128)
+            made.bind(QUEUE_NUM, is_fail_open=True)
     assert raised.value.errno in (errno.EPERM, errno.EOPNOTSUPP)
+
+
+def test_a_binding_whose_answer_is_lost_is_asked_for_again(
+    recorder: Recorder, page: Page, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The buffer is full: EBUSY says then that the queue is bound, and EPERM that another socket has it."""
+    monkeypatch.setattr(nfqueue, "_NFQA_CFG_F_CONNTRACK", 0)  # a kernel may have no NFQA_CT
+    with a_net() as net:
+        made = make_loop(net, recorder, page)
+        bind_from(net.control, QUEUE_NUM + 2)
+        for number in (QUEUE_NUM + 1, QUEUE_NUM + 2):
+            net.queue.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 100_000)
+            net.send(*[bytes(1000)] * 20)
+            net.queue.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)  # the kernel makes it 2304
+            with contextlib.suppress(PermissionError):
+                made.bind(number, is_fail_open=True)
+        assert made.queues == {QUEUE_NUM + 1: True}
+        assert bind_from(net.control, QUEUE_NUM + 1) == errno.EPERM
+        assert net.receive(40) == [bytes(1000)] * 40
+        assert (page.counters.kernel_errors, netlink.lost_messages(net.queue)) == (0, 2)
+
+
+def bind_from(channel: socket.socket, number: int) -> int:
+    """The errno of the kernel."""
+    channel.send(nfqueue.encode_config(number, is_fail_open=False, max_len=1, sequence=1))
+    answer = netlink.answer(channel.recv(4096))
+    assert answer is not None
+    return answer[1]
 
 
 SERVE = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import socket
 import subprocess
@@ -212,3 +213,17 @@ def test_a_namespace_that_is_gone_has_no_cookie(name: str) -> None:
     ip("netns", "delete", name)
     with pytest.raises(PreflightError, match="there is no network namespace"):
         netns.cookie(found)
+
+
+@root
+def test_a_host_that_is_short_of_descriptors_does_not_say_that_a_namespace_is_gone(name: str) -> None:
+    found = netns.find(name)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"), netns.entered(found):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    with netns.entered(found):
+        pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -14,10 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.kernel.netns import find
+from orchestrator.kernel.netns import entered, find
 from orchestrator.model import Netns, ProcessSpec
 from orchestrator.ports import Launch
+from orchestrator.supervise import place
 from orchestrator.supervise.place import VARIABLE, has_name, inhabitants, is_out_of_sight
+from orchestrator.supervise.reactor import Reactor
 from tests.processes import NAME, PROFILE, local_processes, wait_for
 
 pytestmark = [
@@ -103,6 +106,29 @@ def test_a_namespace_is_given_up_with_its_last_name(netns: Netns) -> None:
         assert has_name("/run/netns", netns.identity)
         ip("netns", "delete", second)
         assert list(said) == ["not held", "not held", "given up"]
+
+
+def test_what_cannot_be_told_now_is_looked_at_again(netns: Netns, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    refusals = [OSError(errno.EMFILE, "Too many open files")] * 2
+    list_ = os.listdir
+
+    def listdir(path: str) -> list[str]:
+        if refusals:
+            raise refusals.pop()
+        return list_(path)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    monkeypatch.setattr(place, "_LOOK_EVERY_S", 0.01)
+    reactor = Reactor()
+    with entered(netns):
+        place.watch(reactor, {VARIABLE: netns.path}, lambda: told.append("given up"))
+        ip("netns", "delete", netns.label)
+        while refusals:
+            assert not told
+            reactor._turn()
+        while not told:
+            reactor._turn()
 
 
 def test_a_name_that_leads_to_another_namespace_holds_nothing(netns: Netns) -> None:

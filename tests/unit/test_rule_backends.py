@@ -386,3 +386,25 @@ def test_traffic_of_this_host_gets_the_helper(
         for address, port in (("10.1.0.2", 69), ("10.1.0.2", 72), ("fd00:1::2", 69), ("10.1.0.2", 76)):
             send(address, port)
     assert conntrack.connections(client) == {"tftp": 3}
+
+
+@pytest.mark.parametrize("backend", [Backend.IPTABLES_LEGACY, Backend.IPTABLES_NFT], ids=str)
+def test_what_cannot_be_read_is_not_taken_for_nothing(
+    backend: Backend, space: Netns, tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rules would be loaded twice, or left behind without the helpers that they name."""
+    adapter = IptablesRules(backend)
+    adapter.load(space, rules(backend))
+    before = adapter.listing(space, "unit")
+    failing = tmp_path / f"{backend}-save"
+    failing.write_text("#!/bin/sh\necho it did not work >&2\nexit 4\n")
+    failing.chmod(0o755)
+    with monkeypatch.context() as patched:
+        patched.setattr(iptables, "_SYSTEM_PATH", f"{tmp_path}:{SBIN}")
+        for look in (adapter.listing, adapter.flush, adapter.remove):
+            with pytest.raises(KernelError, match=f"cannot list rules {backend} raw"):
+                look(space, "unit")
+        with pytest.raises(KernelError) as caught:
+            adapter.load(space, rules(backend))
+        assert "it did not work" in caught.value.cause
+    assert adapter.listing(space, "unit") == before

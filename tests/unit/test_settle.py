@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from orchestrator.errors import Interrupted, RollbackError
+from orchestrator.errors import Interrupted, KernelError, RollbackError
 from orchestrator.fake import FakeKernel
 from orchestrator.model import HelperKey, L3Proto, L4Proto, Status
 from tests.faults import Act, Fault, Killed, apply, forget, run, state, teardown
@@ -16,6 +17,7 @@ from tests.hosts import FTP, Harness
 
 OWN = HelperKey("ftp-us", L3Proto.IP, L4Proto.TCP)
 OTHER = FTP.replace("conntrackd", "conntrackd, name: own")
+NEIGHBOUR = "profile: neighbour\nhelpers: {tftp: {}}\n"
 
 
 @pytest.fixture
@@ -114,6 +116,52 @@ def test_what_cannot_be_settled_stays_in_the_journal(orch: Harness, kernel: Fake
     orch.apply(FTP, "blue")
     assert state(kernel) == first
     assert orch.status().is_right
+
+
+def refusal(operation: str, profile: str) -> Callable[[str, str], None]:
+    def refuse(called: str, key: str) -> None:
+        if (called, key) == (operation, profile):
+            raise KernelError(called, key, errno.EBUSY)
+
+    return refuse
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_teardown_that_cannot_be_finished_is_in_nobodys_way(
+    orch: Harness, kernel: FakeKernel, *, is_known: bool
+) -> None:
+    """It is planned anew each time, so what others do meanwhile is not undone by it."""
+    before = kernel.dump_text()
+    orch.apply(FTP, "blue")
+    if not is_known:
+        forget(orch, kernel)
+    killed_at(orch, kernel, teardown("ftp"), "remove rules")
+    kernel.on_modify = refusal("remove rules", "ftp")
+    for is_told in (True, not is_known):  # what the ledger knows is not half-done any more, but drift
+        orch.apply(NEIGHBOUR, "red")
+        told = [sentence for sentence in orch.warnings if sentence.startswith("left: remove rules inet orch-ftp")]
+        assert (bool(told), bool(orch.status().unsettled)) == (is_told, not is_known)
+        orch.teardown("neighbour", "red")
+        orch.warnings.clear()
+    assert not orch.status().is_right
+    assert kernel.deaf() == []
+    kernel.on_modify = None
+    orch.teardown("ftp", "blue")
+    assert kernel.dump_text() == before
+    assert orch.status().is_right
+
+
+def test_one_that_cannot_be_settled_does_not_keep_others_from_it(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(FTP, "blue")
+    forget(orch, kernel)
+    killed_at(orch, kernel, teardown("ftp"), "remove rules")
+    kernel.on_modify = refusal("remove rules", "ftp")
+    orch.apply(NEIGHBOUR, "red")
+    killed_at(orch, kernel, apply(NEIGHBOUR.replace("{}", "{queue: 9}"), "red"), "load rules")
+    kernel.on_modify = refusal("load rules", "neighbour")
+    with pytest.raises(RollbackError, match="profile neighbour in netns red"):
+        orch.apply(FTP, "blue")
+    assert [str(one.owner) for one in orch.status().unsettled] == ["profile neighbour in netns red"]
 
 
 def test_a_profile_that_cannot_be_settled_can_be_torn_down(orch: Harness, kernel: FakeKernel) -> None:

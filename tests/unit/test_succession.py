@@ -1,10 +1,11 @@
-"""A supervisor lets a process take over from another, natively: the processes serve nothing, and say when they would.
+"""A supervisor lets a process take over from another, natively: most processes serve nothing, and say when they would.
 
-What hands over queues is in test_handover.py; both together are in tests/kernel/test_zero_gap.py.
+What hands over queues is in test_handover.py; both together are at the end here, and in tests/kernel/test_zero_gap.py.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -21,15 +22,18 @@ from typing import Any
 
 import pytest
 
-from orchestrator.engine.names import NEXT
-from orchestrator.errors import HelperProcessError
+from orchestrator.engine.names import NEXT, NOT_HANDED_OVER, handover_socket
+from orchestrator.errors import HelperProcessError, NoHandoverError
 from orchestrator.kernel.netns import entered, find
 from orchestrator.model import HELPER_PROGRAM, Netns, ProcessSpec
 from orchestrator.ports import Launch, ProcessState, Supervised
 from orchestrator.supervise import control, deafness, lifecycle, order
 from orchestrator.supervise.launcher import LocalProcesses
-from orchestrator.supervise.reactor import Timer
+from orchestrator.supervise.reactor import Reactor, Timer
+from orchestrator.supervise.succession import Succession
 from orchestrator.supervise.supervisor import Supervisor
+from orchestrator.supervise.traces import is_stopped
+from tests import processes as native
 from tests.processes import PROFILE, local_processes, wait_for
 
 pytestmark = [
@@ -37,6 +41,7 @@ pytestmark = [
     pytest.mark.slow,  # real processes, which are waited for
 ]
 
+WAIT_S = 30.0
 ROOT = str(Path(__file__).parents[2])
 NAME = "one"
 QUEUE = 20000
@@ -121,6 +126,17 @@ class Place:
         def is_there() -> bool:
             told = {one.pid for one in self.processes.supervised(PROFILE, self.netns)}
             found[:] = [pid for pid in pids_of(f"{DOCUMENT}{NEXT}") if pid not in told]
+            return bool(found)
+
+        wait_for(self.processes, is_there)
+        return found[0]
+
+    def stopped_successor(self) -> int:
+        """The same, once it has stopped itself; it may be the one that serves by then."""
+        found: list[int] = []
+
+        def is_there() -> bool:
+            found[:] = [pid for pid in pids_of(f"{DOCUMENT}{NEXT}") if is_stopped(pid)]
             return bool(found)
 
         wait_for(self.processes, is_there)
@@ -267,6 +283,37 @@ def test_one_that_does_not_take_over_leaves_the_other_at_work(place: Place, prog
     assert not place.is_deaf()
 
 
+def test_one_that_is_given_nothing_leaves_the_other_at_work_which_is_asked_no_more(place: Place) -> None:
+    door = place.directory / handover_socket(NAME)
+    door.touch()  # where nobody listens
+    document = native.DOCUMENT.replace(f'name = "{native.NAME}"', f'name = "{NAME}"')
+    spec = ProcessSpec(NAME, (HELPER_PROGRAM, DOCUMENT), (DOCUMENT,), (QUEUE,), ())
+    with pytest.raises(NoHandoverError, match="one hands over nothing"):
+        place.processes.succeed(Launch(PROFILE, place.netns, spec, {DOCUMENT: document}, "third"))
+    assert not door.exists()
+    assert (place.seen().pid, place.seen().state, place.in_force()) == (place.first, ProcessState.RUNNING, "first")
+    place.write("second", NEXT, program=f"raise SystemExit({NOT_HANDED_OVER})")
+    assert place.ask("succeed") == {"error": "its predecessor hands over nothing", "is_refused": True}
+
+
+def test_one_that_nobody_can_look_after_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would take over, and whoever supervises both would not know."""
+
+    def refuse(_pid: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "pidfd_open", refuse)
+    with subprocess.Popen(["sleep", "1000"]) as process:
+        with local_processes(tmp_path) as processes:
+            spec = ProcessSpec(NAME, ("sleep", "1000"), (), (), ())
+            orders = processes._order(Launch(PROFILE, Netns("", "", "0:1"), spec, {}, "digest"))
+        with pytest.raises(OSError, match="Too many open files"):
+            Succession(
+                Reactor(), orders, process.pid, says_ready=lambda: False, late=lambda: None, over=lambda _why: None
+            )
+        assert process.wait(WAIT_S) == -signal.SIGKILL
+
+
 def test_a_supervisor_that_is_killed_in_the_middle_is_followed_by_one_that_goes_on(place: Place) -> None:
     asked = Asked(lambda: place.ask("succeed"))
     successor = place.successor()
@@ -345,3 +392,141 @@ def test_a_stop_ends_both(place: Place) -> None:
     assert place.ask("stop") == {}
     assert "error" in asked.done()
     wait_for(place.processes, lambda: not pids_of(DOCUMENT) and not pids_of(f"{DOCUMENT}{NEXT}"))
+
+
+# -- a queue changes hands, and somebody is killed meanwhile -----------------------------------------------------------
+
+# Serves a queue, and hands it over; a successor stops itself at a point that is named by a file.
+SERVE = f"""
+import os, signal, sys
+sys.path.append({ROOT!r})
+from orchestrator.engine import ctnetlink, handover, names, netlink, nfqueue
+from orchestrator.engine.api import Bounds
+from orchestrator.engine.counters import Page, State
+from orchestrator.engine.inspector import Duty, Inspector
+from orchestrator.engine.loop import Answers, Loop, stop_on
+from orchestrator.helpers.tftp import Tftp
+nfqueue._NFQA_CFG_F_CONNTRACK = 0  # which a kernel may lack
+is_next = sys.argv[-1].endswith(names.NEXT)
+def stop_at(point):
+    if is_next and os.path.exists(point):
+        os.kill(os.getpid(), signal.SIGSTOP)
+class Peer(handover.Peer):
+    def begin(self):
+        stop_at("told")
+        super().begin()
+        stop_at("go")
+predecessor = Peer(names.handover_socket("{NAME}")) if is_next else None
+page = Page("" if is_next else "{NAME}.stats")
+listener = None if is_next else handover.listen("{NAME}")
+queue = netlink.open_queue_socket(1 << 20)
+answers = Answers(queue, ctnetlink.Client(netlink.open_control_socket()), page.counters)
+inspector = Inspector(Tftp(), Duty(frozenset({{b"tftp"}}), Bounds(), by_rules=False), answers)
+loop = Loop(queue, answers, inspector, page, accept_verdict=inspector.plain_verdict)
+stop_on(loop, {{signal.SIGTERM}})
+door = handover.Door(loop, inspector, page, queue)
+if is_next:
+    with_queue = {{"queue_socket": queue, "page": page, "loop": loop, "inspector": inspector}}
+    listener = handover.take_over(predecessor, [{QUEUE}], **with_queue)
+loop.bind({QUEUE}, is_fail_open=False)
+page.state = State.READY
+page.beat()
+stop_at("bound")
+if is_next:
+    predecessor.done()
+stop_at("taken")
+door.open(listener)
+loop.run()
+os._exit(0)
+"""
+PORT = 6969
+
+
+class Traffic:
+    """Packets from one end to the other of a namespace; they pass the queue, and without a listener none comes."""
+
+    def __init__(self, netns: Netns) -> None:
+        rule = f"-A OUTPUT -p udp --dport {PORT} -j NFQUEUE --queue-num {QUEUE}"
+        for command in ("ip link set lo up", f"iptables-legacy {rule}"):
+            subprocess.run(["ip", "netns", "exec", netns.label, *command.split()], check=True)
+        with entered(netns):
+            self._receiver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            self._sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._receiver.bind(("127.0.0.1", PORT))
+        self._sender.connect(("127.0.0.1", PORT))
+
+    def close(self) -> None:
+        self._receiver.close()
+        self._sender.close()
+
+    def passes(self, within_s: float) -> bool:
+        self._receiver.settimeout(within_s)
+        wanted = uuid.uuid4().bytes
+        self._sender.send(wanted)
+        try:
+            while self._receiver.recv(1 << 16) != wanted:
+                pass  # one that was given up too early
+        except TimeoutError:
+            return False
+        return True
+
+
+@pytest.mark.parametrize(
+    "point, victim, in_force",
+    [
+        ("told", "predecessor", {"first"}),
+        ("go", "predecessor", {"second"}),
+        ("go", "successor", {"first"}),
+        ("go", "supervisor", {"second"}),
+        ("bound", "predecessor", {"second"}),
+        ("bound", "successor", {"first"}),
+        ("bound", "supervisor", {"second"}),
+        ("taken", "successor", {"first", "second"}),
+        ("taken", "supervisor", {"second"}),
+    ],
+)
+def test_whoever_is_killed_one_process_serves_the_queue_and_the_supervisor_knows_it(
+    place: Place, point: str, victim: str, in_force: set[str]
+) -> None:
+    place.write("first", "", program=SERVE, queues=(QUEUE,))
+    first = place.ask("start")["pid"]
+    place.write("second", NEXT, program=SERVE, queues=(QUEUE,))
+    traffic = Traffic(place.netns)
+    assert traffic.passes(WAIT_S)
+    (place.directory / point).touch()
+    asked = Asked(lambda: place.ask("succeed"))
+    successor = place.stopped_successor()
+    (supervisor,) = place.processes.supervisors(PROFILE, place.netns.identity)
+    os.kill({"predecessor": first, "successor": successor, "supervisor": supervisor}[victim], signal.SIGKILL)
+    if victim != "successor":
+        os.kill(successor, signal.SIGCONT)
+    answer = asked.done()
+    if victim == "supervisor":
+        spec = ProcessSpec("other", ("sleep", "1000"), (), (), ())
+        place.processes.start(Launch(PROFILE, place.netns, spec, {}, "digest"))
+    wait_for(place.processes, lambda: traffic.passes(0.5))
+    wait_for(place.processes, lambda: [place.seen().pid] == pids_of(DOCUMENT) + pids_of(f"{DOCUMENT}{NEXT}"))
+    wait_for(place.processes, lambda: place.seen().state is ProcessState.RUNNING and not place.is_deaf())
+    assert all(traffic.passes(WAIT_S) for _ in range(5))
+    traffic.close()
+    assert place.in_force() in in_force
+    assert [p.digest for p in place.processes.running() if p.name == NAME] == [place.in_force()]
+    if victim != "supervisor":  # which may have answered before, or not
+        assert ("pid" in answer) is (place.in_force() == "second")
+
+
+def test_one_that_hangs_with_the_queue_in_its_hands_is_ended_and_no_packet_lost(place: Place) -> None:
+    place.write("first", "", program=SERVE, queues=(QUEUE,))
+    first = place.ask("start")["pid"]
+    place.write("second", NEXT, program=SERVE, queues=(QUEUE,))
+    traffic = Traffic(place.netns)
+    assert traffic.passes(WAIT_S)
+    (place.directory / "go").touch()
+    asked = Asked(lambda: place.ask("succeed"))
+    place.stopped_successor()
+    assert traffic.passes(WAIT_S)
+    traffic.close()
+    assert asked.done() == {"error": "packets wait, and nobody answers them"}
+    assert pids_of(DOCUMENT) + pids_of(f"{DOCUMENT}{NEXT}") == [first]
+    assert (place.seen().pid, place.seen().state, place.in_force()) == (first, ProcessState.RUNNING, "first")
+    assert not place.is_deaf()

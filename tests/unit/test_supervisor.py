@@ -5,8 +5,10 @@ What serves queues is in tests/kernel/test_supervision.py.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -29,6 +31,7 @@ from orchestrator.supervise import control
 from orchestrator.supervise.launcher import LocalProcesses, supervisor_mark
 from orchestrator.supervise.logs import LOG_BYTES
 from orchestrator.supervise.order import Order
+from orchestrator.supervise.supervisor import Supervisor
 from tests.processes import NAME, PROFILE, local_processes, wait_for
 
 pytestmark = [
@@ -262,6 +265,78 @@ def test_after_a_mistake_of_its_own_it_begins_anew_and_once_only(processes: Loca
         failing.communicate()
     process = the_one(processes)
     assert (process.pid, process.watched) == (second, False)
+
+
+def limited(pid: int, files: int | None) -> None:
+    """Let a process open no file with this number or a higher one; None ends that."""
+    _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (hard if files is None else files, hard))
+
+
+def test_one_that_can_open_nothing_more_answers_later(processes: LocalProcesses, netns: Netns) -> None:
+    processes.start(launch(netns))
+    (pid,) = processes.supervisors(PROFILE, netns.identity)
+    used = {int(entry.name) for entry in Path(f"/proc/{pid}/fd").iterdir()}
+    limited(pid, min(set(range(len(used) + 1)) - used))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as channel:
+        channel.connect(str(processes.runtime_dir(PROFILE, netns) / control.SOCKET))
+        channel.send(control.encode({"do": "settle", "name": NAME}))
+        before = slept(pid)
+        wait_for(processes, lambda: slept(pid) > before + 1)  # it looks again now and then, and does nothing else
+        limited(pid, None)
+        channel.settimeout(30)
+        assert (control.decode(channel.recv(4096)), control.decode(channel.recv(4096))) == (control.TAKEN, {})
+    assert processes.supervisors(PROFILE, netns.identity) == [pid]
+    assert "Traceback" not in (processes.runtime_dir(PROFILE, netns) / "supervisor.log").read_text()
+
+
+def slept(pid: int) -> int:
+    """How often a process gave up the CPU to wait."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+
+
+def test_what_cannot_be_adopted_for_want_of_descriptors_is_adopted_later(
+    processes: LocalProcesses, netns: Netns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid = processes.start(launch(netns))
+    (predecessor,) = processes.supervisors(PROFILE, netns.identity)
+    os.kill(predecessor, signal.SIGKILL)
+    wait_for(processes, lambda: not processes.supervisors(PROFILE, netns.identity))
+    directory, open_ = str(processes.runtime_dir(PROFILE, netns)), os.pidfd_open
+    refusals = [OSError(errno.EMFILE, "Too many open files")] * 2
+
+    def pidfd_open(asked: int) -> int:
+        if refusals:
+            raise refusals.pop()
+        return open_(asked)
+
+    monkeypatch.setattr(os, "pidfd_open", pidfd_open)
+    monkeypatch.chdir(directory)
+    with entered(netns), control.listen(directory) as listener:
+        supervisor = Supervisor(directory, str(tmp_path), listener)
+        assert not supervisor.processes
+        while not supervisor.processes:
+            supervisor._turn()
+    assert (refusals, supervisor.processes[NAME].pid) == ([], pid)
+
+
+def test_who_can_open_nothing_more_takes_no_supervisor_for_silent(processes: LocalProcesses, netns: Netns) -> None:
+    processes.start(launch(netns))
+    (process,) = processes.running()
+    supervisors = processes.supervisors(PROFILE, netns.identity)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    free = os.dup(0)
+    os.close(free)
+    for files in (free, free + 1):
+        limited(0, files)
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                processes.stop(process)
+        finally:
+            limited(0, before)
+    assert processes.supervisors(PROFILE, netns.identity) == supervisors
+    assert [one.pid for one in processes.running()] == [process.pid]
 
 
 def test_of_two_services_at_once_the_second_is_refused(processes: LocalProcesses, netns: Netns) -> None:

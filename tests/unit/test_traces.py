@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
-from orchestrator.supervise import logs, traces
+from orchestrator.supervise import logs, traces, trust
 from orchestrator.supervise.traces import Patience, QueueRow, Work
 
 
@@ -60,6 +62,30 @@ def test_a_process_is_stopped_or_not() -> None:
         os.waitid(os.P_PID, child.pid, os.WSTOPPED)
         assert traces.is_stopped(child.pid)
         child.kill()
+
+
+def test_a_process_is_found_by_its_environment_if_it_is_ours() -> None:
+    environment = {"ORCH_PROCESS": str(uuid4())}
+    with subprocess.Popen(["sleep", "1000"], env={**os.environ, **environment}) as child:
+        try:
+            assert traces.with_environment(environment, lambda pid: pid != child.pid) == 0
+            assert traces.with_environment(environment, lambda pid: pid == child.pid) == child.pid
+        finally:
+            child.kill()
+
+
+def test_what_cannot_be_read_is_not_gone() -> None:
+    """Else another process would be started beside it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    for read in (traces.born, traces.is_stopped, trust.is_root):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                read(os.getpid())
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_the_last_line_is_fit_for_a_terminal(tmp_path: Path) -> None:

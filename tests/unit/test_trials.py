@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from orchestrator.model import HelperKey, L3Proto, L4Proto
+from orchestrator.errors import KernelError
+from orchestrator.fake import FakeKernel
+from orchestrator.model import HelperKey, L3Proto, L4Proto, Policy, Registration, Status
 from orchestrator.verify import trials
 
 HOLDING = """
@@ -53,3 +56,29 @@ def test_one_that_was_killed_is_found(runtime: Path) -> None:
     mine = (key(f"{prefix}-0"), key(f"{prefix}-1"))
     assert trials.abandoned([*others, *mine]) == {f"orch-verify-{prefix[1:]}": mine}
     assert not any(map(trials.is_of_trial, others))
+
+
+def registration(name: str) -> Registration:
+    policy = Policy("p", expect_max=1, expect_timeout_s=1)
+    return Registration(key(name), 7, Status.DISABLED, (policy,), 0)
+
+
+def test_what_resists_keeps_nobody_from_anything_and_is_tried_again(runtime: Path) -> None:
+    """Rules of somebody else may name it: the kernel would not let it go."""
+    busy, idle = (key(f"v{number:08x}-0") for number in (1, 2))
+    kernel = FakeKernel(registrations={each: registration(each.name) for each in (busy, idle)})
+    directories = [runtime / f"orch-verify-{each.name[1:9]}" for each in (busy, idle)]
+    for directory in directories:
+        directory.mkdir()
+
+    def refuse(operation: str, name: str) -> None:
+        if name == str(busy):
+            raise KernelError(operation, name, errno.EBUSY)
+
+    kernel.on_modify = refuse
+    reasons = trials.remove_abandoned(lambda _: kernel.system())
+    assert list(reasons.values()) == [f"cannot unregister helper {busy}: rules still refer to it", ""]
+    assert (list(kernel.registrations), [d.exists() for d in directories]) == ([busy], [True, False])
+    kernel.on_modify = None
+    assert list(trials.remove_abandoned(lambda _: kernel.system()).values()) == [""]
+    assert (kernel.registrations, list(runtime.iterdir())) == ({}, [])
