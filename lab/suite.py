@@ -75,7 +75,7 @@ class Result:
 
 def pure() -> Result:
     """The tests that need no kernel of ours, with the sysroot's tools in sight; what cannot run is a failure."""
-    arguments = ["-m", "not kernel", "--durations=10"]
+    arguments = ["-p", "tests.unhurried", "-m", "not kernel", "--durations=10"]
     return _run(HOST, [sys.executable, "-m", "lab.inside", "--"], arguments, is_live=False)
 
 

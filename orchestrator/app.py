@@ -188,9 +188,9 @@ class App:
         try:
             self._run(execution, ledger, tx)
         except NoHandoverError as error:  # known to who plans from now on, so this is not repeated
-            note = f"{error}: restarted instead, and nothing is inspected meanwhile"
             report = self.establish(ledger, wanted, ask=ask, trial=trial, is_rollback=is_rollback, spared=spared)
-            return replace(report, notes=(note, *report.notes))
+            note = f"{error}: restarted instead, and nothing is inspected meanwhile"
+            return replace(report, notes=(str(error) if report.declined else note, *report.notes))
         self._verify(execution, ledger, tx, wanted, is_rollback=is_rollback, spared=spared)
         netns = wanted.owner.netns
         notes = (*plan.kept, *self._filter_notes(netns), *self._queue_notes(netns, wanted.target))
@@ -512,7 +512,7 @@ class App:
                 raise RefusedError(
                     f"{pending.owner} waits for its confirmation", hint=f"orch confirm {name}, or orch rollback {name}"
                 )
-            if pending.owner == renewed:
+            if renewed and (renewed.profile, renewed.netns.identity) == (name, pending.owner.netns.identity):
                 raise RefusedError(
                     f"{pending.owner} was not confirmed, and could not be undone",
                     hint=f"orch teardown {name} takes it away, orch confirm {name} keeps what there is",
@@ -520,10 +520,9 @@ class App:
 
     def _guard_what_waits(self, ledger: Ledger) -> None:
         """Somebody may have killed who would undo it."""
-        if not ledger.pending() or ledger.is_watched():
-            return
         try:
-            self.guard()
+            if ledger.pending() and not ledger.is_watched():
+                self.guard()
         except EXPECTED as error:
             self.talk.warn(f"nobody is there who would undo what is not confirmed: {error}")
 
@@ -605,10 +604,10 @@ class App:
         now, but for those owners who are forgiven, as they are torn down anyway, and for the one who is applied anew.
         """
         with contextlib.closing(self._open(create=True)) as ledger, self._locked(ledger, command):
-            stuck = self._settle(ledger, is_forgiven, renewed)
-            self._roll_back_overdue(ledger, is_forgiven)
-            self._forget_history(ledger)
             try:
+                stuck = self._settle(ledger, is_forgiven, renewed)
+                self._roll_back_overdue(ledger, is_forgiven)
+                self._forget_history(ledger)
                 if stuck and any(not unsettled.is_teardown for unsettled in ledger.unsettled()):
                     raise stuck
                 yield ledger

@@ -164,8 +164,10 @@ def disable(names: Iterable[str], directory: Path, *, is_now: bool, netns_path: 
         return ()
     for path, text in there.items():
         if netns_path is not None and (place := _place(text)) not in (None, netns_path):
+            named = f" and --netns {place}" if "@" in path.name else ""
             raise RefusedError(
-                f"{path.name} is for {_said(place)}", hint="orch disable with the name of the profile takes it away"
+                f"{path.name} is for {_said(place)}",
+                hint=f"orch disable with the name of the profile{named} takes it away",
             )
     found = tuple(path.name for path in there)
     if is_now:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from orchestrator.app import App
-from orchestrator.errors import OrchError, RefusedError, RollbackError, UsageError
+from orchestrator.errors import RefusedError, RollbackError, UsageError
+from orchestrator.execute import EXPECTED
 from orchestrator.journal import Ledger
 from orchestrator.reports import Report
 from orchestrator.state import Applied, Owner, Past, Pending
@@ -107,7 +108,7 @@ def undo(app: App, ledger: Ledger, pending: Pending) -> Rollback:
         report = app.roll_back(ledger, pending)
     except RollbackError:
         raise
-    except OrchError as error:
+    except EXPECTED as error:
         raise RollbackError(error, (f"what was applied for {pending.owner} and not confirmed",)) from error
     return Rollback(pending.owner, pending.prior, report, is_verdict=True)
 

@@ -106,14 +106,15 @@ def _first_look(app: App, ledger: Ledger, owner: Owner, *, is_dry_run: bool) -> 
     is_right = _is_right(plan)
     if is_dry_run:
         return MendReport(owner, Outcome.RIGHT if is_right else Outcome.DIFFERS, plan.changes, _refused(plan))
+    is_to_settle = bool(mending.failure or ledger.unsettled())
     if is_right:
-        return None if mending.failure or ledger.unsettled() else MendReport(owner, Outcome.RIGHT)
+        return None if is_to_settle else MendReport(owner, Outcome.RIGHT)
     if _is_on_trial(ledger, owner):
         reason = "it has to be confirmed first"
         return MendReport(owner, Outcome.WAITING, plan.changes, reason, again_in_s=_TRIAL_AGAIN_S)
     rest = _sparing(app, ledger, applied, plan, mending.held_at(now_s))
     if _is_right(rest):
-        return None if ledger.unsettled() else _left_alone(owner, plan, mending, now_s)
+        return None if is_to_settle else _left_alone(owner, plan, mending, now_s)
     at_work = _at_work(app, applied, rest)
     return MendReport(owner, Outcome.WAITING, plan.changes, at_work, again_in_s=_AGAIN_S) if at_work else None
 
@@ -169,6 +170,8 @@ def _mend(app: App, ledger: Ledger, owner: Owner, limits: Limits) -> MendReport:
         return _mend_rest(app, ledger, applied, mending, plan=plan, rest=rest, again_in_s=again_in_s)
     if pauses:
         return MendReport(owner, Outcome.WAITING, plan.changes, "it was mended a moment ago", again_in_s=again_in_s)
+    mending = replace(mending, failure="")  # what could not be mended is right
+    _remember(ledger, owner, mending)
     return _left_alone(owner, plan, mending, now_s)
 
 
@@ -218,17 +221,17 @@ def _forget_old(mending: Mending, now_s: float, limits: Limits) -> Mending:
 
 
 def _hold(mending: Mending, subjects: Iterable[str], now_s: float, limits: Limits) -> Mending:
-    often = Counter(repair.subject for repair in mending.repairs)
-    held = (
-        Held(
-            subject,
-            now_s + limits.quiet_s,
-            f"{subject} was mended {often[subject]} times within {limits.within_s:g} s and changes again: "
-            f"left alone for {limits.quiet_s / 60:g} min, or until orch apply",
-        )
-        for subject in subjects
-    )
-    return replace(mending, held=(*mending.held, *held))
+    repairs = Counter(repair.subject for repair in mending.repairs)
+    until = f"left alone for {limits.quiet_s / 60:g} min, or until orch apply"
+
+    def reason(subject: str) -> str:
+        often = f"{repairs[subject]} times within {limits.within_s:g} s"
+        if mending.failure:
+            return f"{subject} was to be mended {often}, and is not right ({mending.failure}): {until}"
+        return f"{subject} was mended {often} and changes again: {until}"
+
+    held = (Held(subject, now_s + limits.quiet_s, reason(subject)) for subject in subjects)
+    return replace(mending, held=(*mending.held, *held), failure="")
 
 
 def _give_up(ledger: Ledger, owner: Owner, plan: Plan, mending: Mending, given_up: Collection[str]) -> MendReport:

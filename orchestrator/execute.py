@@ -8,7 +8,15 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from orchestrator.errors import HalfDoneError, HelperProcessError, Interrupted, KernelError, OrchError, RollbackError
+from orchestrator.errors import (
+    HalfDoneError,
+    HelperProcessError,
+    Interrupted,
+    KernelError,
+    NoHandoverError,
+    OrchError,
+    RollbackError,
+)
 from orchestrator.journal import Ledger
 from orchestrator.model import Netns, Registration, Rules, Status
 from orchestrator.ports import Launch, ProcessSeen, System
@@ -103,7 +111,7 @@ class Execution:
                 hazards.note(step)
                 continue
             try:
-                self._take(sequence, step)
+                self._take_or_restart(sequence, step)
             except EXPECTED as error:
                 failures.append(f"{describe(step)}: {error}")
                 hazards.note(step)
@@ -118,6 +126,15 @@ class Execution:
         self.ledger.intend(self.tx, sequence)
         _timed(step, self.system, self.plan.netns, self.report)
         self._done.append((sequence, step))
+
+    def _take_or_restart(self, sequence: int, step: Step) -> None:
+        try:
+            self._take(sequence, step)
+        except NoHandoverError as error:
+            if not isinstance(step, SucceedProcess):
+                raise
+            _restart(self.system, self.plan.netns, step.after, error)
+            self._done.append((sequence, step))
 
     def _note_undone(self, sequence: int) -> None:
         """A ledger that cannot be written (a full disk) hinders no undoing: what it keeps is undone once more.
@@ -373,13 +390,35 @@ def _succeed_again(system: System, netns: Netns, step: SucceedProcess) -> bool:
         _start(system, netns, after, is_undo=True)
         return True
     if not is_back:
-        system.processes.succeed(after)
+        try:
+            system.processes.succeed(after)
+        except NoHandoverError as error:
+            _restart(system, netns, after, error)
     bound = {row.queue_num for row in system.host.queues(netns)}
     surplus = tuple(sorted(bound & set(before.spec.queues).difference(after.spec.queues))) if before else ()
     if surplus:
         perform(DrainQueues(surplus), system, netns)
         system.processes.serve(after, after.spec.queues)
     return bool(surplus) or not is_back
+
+
+def _restart(system: System, netns: Netns, launch: Launch, why: NoHandoverError) -> None:
+    """What hands over nothing is restarted at once where nobody makes another plan.
+
+    A registration stays disabled if it has a queue that the process does not serve: a step is to come that updates it.
+    """
+    _log.warning("%s: it is restarted, and nothing is inspected meanwhile", why)
+    filling = [r for r in system.registry.dump() if r.key in launch.spec.keys and _is_enabled(r)]
+    for registration in filling:
+        system.registry.update(replace(registration, status=Status.DISABLED))
+    if filling:
+        perform(DrainQueues(tuple(sorted({r.queue_num for r in filling}))), system, netns)
+    for process in _running(system, netns, launch.profile, launch.spec.name):
+        system.processes.stop(process)
+    system.processes.start(launch)
+    for registration in filling:
+        if registration.queue_num in launch.spec.queues:
+            system.registry.update(registration)
 
 
 def _drain(system: System, netns: Netns, queues: tuple[int, ...], within_s: float) -> None:

@@ -111,12 +111,18 @@ class Observer:
     def unrecorded(self) -> Iterable[tuple[Owner, Listing]]:
         """Rules of ours in any namespace that can be reached, of profiles that the ledger does not know, each once."""
         recorded = {(o.profile, o.netns.identity) for o in self.ledger.owners()}
+
+        def look(netns: Netns) -> tuple[tuple[Owner, Listing], ...]:
+            return tuple(
+                (Owner(profile, netns), listing)
+                for backend in CONCRETE_BACKENDS
+                for profile in self.system.rules[backend].profiles(netns)
+                if (profile, netns.identity) not in recorded
+                and (listing := self.system.rules[backend].listing(netns, profile)) is not None
+            )
+
         for netns in self._namespaces():
-            for backend in CONCRETE_BACKENDS:
-                for profile in or_nothing(self.system.rules[backend].profiles, netns):
-                    listing = self.system.rules[backend].listing(netns, profile)
-                    if listing is not None and (profile, netns.identity) not in recorded:
-                        yield Owner(profile, netns), listing
+            yield from or_nothing(look, netns)
 
     def strays(self) -> tuple[Owner, ...]:
         """Profiles that the ledger does not know, told by rules or processes of ours, each once."""

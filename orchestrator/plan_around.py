@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from orchestrator.model import Listing, Target
+from orchestrator.model import Listing, Status, Target
 from orchestrator.plan import plan_apply
 from orchestrator.ports import Launch
-from orchestrator.state import Action, LoadRules, Observed, Owner, Plan, Scope, rules_name
+from orchestrator.state import Action, LoadRules, Observed, Owner, Plan, Scope, UpdateRegistration, rules_name
 
 
 def plan_around(
@@ -16,7 +16,8 @@ def plan_around(
     """What makes `target` true but for the subjects in `spared`, which are those of its changes.
 
     What cannot be right while those are not is spared as well: a process and its registrations, rules that attach a
-    registration that is missing, a registration that is made anew when the rules cannot be loaded again.
+    registration that is missing, or enabled where nobody listens, a registration that is made anew when the rules
+    cannot be loaded again.
     """
     plan = plan_apply(target, launches, observed, owner)
     drifted = frozenset(change.subject for change in plan.changes)
@@ -69,7 +70,11 @@ def _entangled(plan: Plan, target: Target, observed: Observed, spared: frozenset
         anew = (Action.CREATE, Action.REPLACE)
         made = [c.subject for c in plan.changes if c.scope is Scope.HOST and c.action in anew]
         return frozenset(made or (change.subject for change in plan.changes))
-    there = {registration.key for registration in observed.registrations}
-    missing = {a.key for a in target.attachments if str(a.key) in spared} - there
+    if any(isinstance(step, UpdateRegistration) and str(step.after.key) in spared for step in plan.steps):
+        # A process stops that nobody knows: whatever it may serve would be disabled, and enabled again.
+        return frozenset(change.subject for change in plan.changes if change.scope is Scope.PROCESS)
+    bound = {row.queue_num for row in observed.queues}
+    harmless = {r.key for r in observed.registrations if r.status is Status.DISABLED or r.queue_num in bound}
+    harmful = {a.key for a in target.attachments if str(a.key) in spared} - harmless
     is_loaded = any(isinstance(step, LoadRules) for step in plan.steps)
-    return frozenset({rules_name(target.rules)} if missing and is_loaded else ())
+    return frozenset({rules_name(target.rules)} if harmful and is_loaded else ())

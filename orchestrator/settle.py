@@ -41,9 +41,9 @@ class Settling:
     renewed: Owner | None
 
     def run(self) -> RollbackError | None:
-        """Settle everything that can be; what nothing else may be done before, if half an apply cannot be undone now.
+        """Settle everything that can be; the error to raise if half an apply cannot be undone now.
 
-        To undo it later would undo what others did to the registrations that it changed.
+        Nothing else may be done before that: to undo it later would undo what others did to registrations it changed.
         """
         stuck = [
             (unsettled, left) for unsettled in reversed(self.ledger.unsettled()) if (left := self._settle(unsettled))

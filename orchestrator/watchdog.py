@@ -37,7 +37,7 @@ _LOCK_WAIT_S = 600.0  # whoever holds the lock for longer is waited for again
 _AGAIN_AFTER_S = 30.0
 _LOG_LEN = 1 << 18  # it may try again for days
 _CHANGES = inotify.MODIFIED | inotify.CREATED | inotify.DELETED | inotify.MOVED_IN
-_SECOND_AGAIN_S = 1.0  # one that ends at once is not started again and again
+_SECOND_AGAIN_S, _SECOND_AGAIN_MAX_S = 1.0, 30.0  # one that ends at once is not started again and again
 _NEVER_S = 1e9
 _TFD_TIMER_ABSTIME = 1  # timerfd_settime(2); TFD_NONBLOCK and TFD_CLOEXEC are O_NONBLOCK and O_CLOEXEC
 _log = logging.getLogger(__name__)
@@ -105,8 +105,11 @@ class Watchdog:
                     self._undo()
                     not_before_s = self._clock.boottime() + _AGAIN_AFTER_S
                     continue
-                again_s = self._second.be_there(now_s)
-                self._sleep(until_s=min(max(overdue_s, not_before_s), again_s))
+                self._sleep(until_s=min(max(overdue_s, not_before_s), self._be_backed(now_s)))
+
+    def _be_backed(self, now_s: float) -> float:
+        """When to see to it again that somebody stands behind this one; whoever cannot read the ledger would end."""
+        return math.inf if self._trouble else self._second.be_there(now_s)
 
     def _undo(self) -> None:
         """Settling undoes what is overdue; what could not be undone is tried again."""
@@ -161,6 +164,7 @@ class _Second:
         self._state_dir = state_dir
         self._process: subprocess.Popen[bytes] | None = None
         self._not_before_s = not_before_s
+        self._pause_s = _SECOND_AGAIN_S
         self.descriptors: list[int] = []
 
     def be_there(self, now_s: float) -> float:
@@ -171,7 +175,8 @@ class _Second:
             os.close(self.descriptors.pop())
         if now_s < self._not_before_s:
             return self._not_before_s
-        self._not_before_s = now_s + _SECOND_AGAIN_S
+        self._not_before_s = now_s + self._pause_s
+        self._pause_s = min(2 * self._pause_s, _SECOND_AGAIN_MAX_S)
         try:
             self._process = _started(self._state_dir, subprocess.DEVNULL)
             self.descriptors.append(os.pidfd_open(self._process.pid))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
+from subprocess import Popen
 
 from orchestrator.kernel.clock import MonotonicClock
 from orchestrator.kernel.netns import entered
@@ -98,6 +100,14 @@ def unsupervised(processes: LocalProcesses, profile: str, netns: Netns) -> Itera
         for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
+
+
+def begun(child: Popen[bytes]) -> Popen[bytes]:
+    """A process that has its environment: Popen comes back a moment before."""
+    environment, deadline = Path(f"/proc/{child.pid}/environ"), time.monotonic() + 30
+    while not environment.read_bytes():
+        assert time.monotonic() < deadline
+    return child
 
 
 def wait_for(processes: LocalProcesses, condition: Callable[[], bool], within_s: float = 30) -> None:

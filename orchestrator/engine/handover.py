@@ -307,7 +307,7 @@ def _receive(channel: socket.socket, room: int = 0) -> tuple[Mapping[str, Any], 
         data = bytearray()
         while len(data) < min(length, _MESSAGE_MAX) and (part := channel.recv(min(length - len(data), _PART_MAX))):
             data += part
-            if monotonic() > deadline:
+            if len(data) < length and monotonic() > deadline:  # what is there as a whole counts, however late
                 raise TimeoutError(_GONE)
         message = json.loads(data)
     except (OSError, ValueError, RecursionError, struct_error) as error:

@@ -49,9 +49,9 @@ _BIND_AGAIN_NS = 250_000_000
 _PAUSE_AGAIN_S = 0.05
 _POLL_S = 0.005
 
-# Sequence numbers of requests: of verdicts 0, of bindings the queue number + 1, above it the number of the attempt; of
-# a stop and a pause these bits with the pid, as the answer to one of a process may be read by its successor.
-_ATTEMPT = 0x20000
+# Sequence numbers of requests: of verdicts 0, of bindings the queue number + 1; of a stop and a pause these bits with
+# the pid, as the answer to one of a process may be read by its successor.
+_BINDING_MAX = 0x10000
 _STOP, _PAUSE = 0x80000000, 0xC0000000
 
 
@@ -200,13 +200,14 @@ class Loop:
             )
 
     def _bind(self, queue_num: int, *, is_fail_open: bool, wait: Callable[[], None]) -> None:
-        """The answer is lost while the buffer is full or memory short, so it is asked for again.
+        """The answer is lost while the buffer is full or memory short, so it is asked for again. That to an earlier
+        attempt counts as well: it may come late, behind packets.
 
         EBUSY says then that this socket has the queue: of another one it would be EPERM (nfqnl_recv_config).
         """
-        is_bound = queue_num in self.queues
-        for attempt in range(_BIND_ATTEMPTS):
-            sequence = attempt * _ATTEMPT + queue_num + 1
+        is_bound, sequence = queue_num in self.queues, queue_num + 1
+        self._answered.pop(sequence, None)
+        for _ in range(_BIND_ATTEMPTS):
             message = nfqueue.encode_config(
                 queue_num, is_fail_open=is_fail_open, max_len=QUEUE_LENGTH, sequence=sequence, is_bound=is_bound
             )
@@ -229,9 +230,7 @@ class Loop:
             if monotonic_ns() > deadline:
                 return errno.ETIMEDOUT
             wait()
-        number = self._answered[sequence]
-        self._answered.clear()
-        return number
+        return self._answered.pop(sequence)
 
     def _serve_for_a_while(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -380,7 +379,7 @@ class Loop:
         elif sequence == self._pause_sequence:
             self._is_interrupted = True
         elif sequence:
-            if sequence < _STOP:  # else it is the answer to a predecessor
+            if sequence <= _BINDING_MAX:  # else it is the answer to a predecessor
                 self._answered[sequence] = number
         elif number == errno.ENOENT:
             self._counters.stale += 1

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
+from orchestrator.engine.privileges import end_with_parent
 from orchestrator.errors import HalfDoneError, KernelError, OrchError, PreflightError
 from orchestrator.kernel.netns import entered, scratch
 from orchestrator.kernel.nft import errno_in, nft_tables
@@ -243,7 +247,10 @@ def _errno_of(detail: str) -> int:
 def _run(
     program: str, *arguments: str, given: str = "", note: Callable[[int], None] = lambda _pid: None
 ) -> subprocess.CompletedProcess[str] | None:
-    """Run a program in this thread's namespace; None if it is not installed. It is noted before it reads."""
+    """Run a program in this thread's namespace; None if it is not installed. It is noted before it reads.
+
+    One that is given rules ends with this process: else it could load them after the next orch has undone all.
+    """
     path = shutil.which(program, path=_SYSTEM_PATH)
     if path is None:
         return None
@@ -252,6 +259,7 @@ def _run(
         [path, *arguments],
         env={"PATH": _SYSTEM_PATH, "LANG": "C"},
         start_new_session=True,  # Ctrl-C is for orch, which lets the running step end
+        preexec_fn=partial(_end_with, os.getpid()) if given else None,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -261,3 +269,9 @@ def _run(
         note(child.pid)
         out, err = child.communicate(given)
     return subprocess.CompletedProcess(child.args, child.returncode, out, err)
+
+
+def _end_with(parent: int) -> None:
+    end_with_parent(signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)

@@ -53,9 +53,9 @@ class _Mark:
 
     @classmethod
     def parse(cls, text: str) -> _Mark | None:
-        """None for what is no mark; anybody may write one, and its names become part of commands and of paths."""
+        """None for what is no mark; anybody may write one, and its names are shown, and part of commands and paths."""
         parts = text.split("\x1f")
-        if len(parts) != 4 or not is_profile_name(parts[1]) or "/" in parts[2]:
+        if len(parts) != 4 or not is_profile_name(parts[1]) or "/" in parts[2] or not parts[2].isprintable():
             return None
         return cls(*parts)
 
@@ -460,14 +460,13 @@ def _command(spec: ProcessSpec) -> list[str]:
 def _marks_of(pid: int) -> list[tuple[str, _Mark]]:
     """The marks of a process, whoever wrote them; none if it is gone."""
     try:
-        with open(f"/proc/{pid}/environ", "rb") as file:  # noqa: PTH123
-            environ = file.read()
+        variables = traces.variables(pid)
     except (*traces.GONE, PermissionError):
         return []
-    if b"ORCH_" not in environ:
-        return []
     found = []
-    for variable in environ.split(b"\0"):
+    for variable in variables:
+        if not variable.startswith(b"ORCH_"):
+            continue
         name, _, value = variable.decode(errors="replace").partition("=")
         mark = _Mark.parse(value) if name in (_PROCESS_MARK, supervisor.MARK) else None
         if mark is not None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
-from orchestrator.supervise import inotify
+from orchestrator.supervise import inotify, traces
 from orchestrator.supervise.errands import Errands, orch
 from orchestrator.supervise.reactor import Tell
 
@@ -67,6 +67,7 @@ class LookOut:
         self._directory = _NAMES if self._is_by_process else os.path.dirname(path)  # noqa: PTH120 (no pathlib here)
         self._pidfd = -1
         self._is_over = False
+        self._again_at = 0.0  # when it is looked again at what could not be told
         try:
             reactor.watch_files(self._directory, _NAMES_CHANGE, lambda _changes: self._look())
             reactor.at(time.monotonic(), self._look)
@@ -93,7 +94,10 @@ class LookOut:
         try:
             return self._is_held()
         except OSError:
-            self._reactor.at(time.monotonic() + _LOOK_EVERY_S, self._look)
+            now = time.monotonic()
+            if now >= self._again_at:
+                self._again_at = now + _LOOK_EVERY_S
+                self._reactor.at(self._again_at, self._look)
             return True
 
     def _is_held(self) -> bool:
@@ -200,11 +204,9 @@ def inhabitants(identity: str) -> Iterator[int]:
 
 def _is_ours(pid: str) -> bool:
     try:
-        with open(f"/proc/{pid}/environ", "rb") as file:  # noqa: PTH123
-            environment = file.read()
+        return any(variable.startswith(_OUR_MARKS) for variable in traces.variables(int(pid)))
     except OSError:
         return False
-    return any(mark in environment for mark in _OUR_MARKS)
 
 
 def _identity_of(path: str) -> str:

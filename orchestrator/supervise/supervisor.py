@@ -113,6 +113,7 @@ class Supervisor(Reactor):
         os.chdir(directory)
         self._processes: dict[str, Process] = {}
         self._successions: dict[str, Succession] = {}
+        self._not_taken_up: dict[str, Any] = {}
         self.is_kept = False
         self.begins_anew = True
         self.extra: dict[str, Any] = {}
@@ -275,8 +276,10 @@ class Supervisor(Reactor):
             reason = f"cannot be started: {error.strerror}"
             self._follow(process, *lifecycle.ended(process.life, reason, time.monotonic()))
             return
-        process.born = traces.born(pid)
         process.life = lifecycle.spawned(process.life, pid)
+        process.born = 0
+        with contextlib.suppress(OSError):  # a supervisor after this one finds it by its environment
+            process.born = traces.born(pid)
         self._look_at(process, _READY_POLL_S, partial(self._look_whether_ready, process))
 
     def _kill(self, process: Process, number: int) -> None:
@@ -341,7 +344,7 @@ class Supervisor(Reactor):
             tell(answer)
 
     def _end_if_idle(self) -> None:
-        if not (self._processes or self.is_kept or self._requests):
+        if not (self._processes or self._not_taken_up or self.is_kept or self._requests):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(STATE_FILE)  # noqa: PTH108 (no pathlib here)
             self.end()
@@ -481,7 +484,7 @@ class Supervisor(Reactor):
             }
             for name, process in self._processes.items()
         }
-        report = {"pid": os.getpid(), "processes": processes, **self.extra}
+        report = {"pid": os.getpid(), "processes": {**self._not_taken_up, **processes}, **self.extra}
         try:
             _write(STATE_FILE, report)
         except OSError:  # a full disk: the file has room for what it had
@@ -506,19 +509,28 @@ class Supervisor(Reactor):
 
     def _take_up(self, name: str, seen: Mapping[str, Any]) -> None:
         """What is known of it may be nonsense; it is tried again while nothing can be opened."""
+        self._not_taken_up.pop(name, None)
         if name in self._processes:
             return  # somebody has had it started meanwhile
         try:
             self._succeed_one(Order.read(name), seen)
+        except ProcessLookupError:  # it has ended in this moment
+            self._take_up(name, seen)
         except (ValueError, LookupError, TypeError):
             return
         except OSError as error:
             if error.errno in control.EXHAUSTED:
+                self._not_taken_up[name] = seen
                 self.say(f"{name} is not looked after yet: {error.strerror}", _WARNING)
-                self.at(time.monotonic() + _EXHAUSTED_PAUSE_S, partial(self._take_up, name, seen))
+                self.at(time.monotonic() + _EXHAUSTED_PAUSE_S, partial(self._take_up_later, name, seen))
+
+    def _take_up_later(self, name: str, seen: Mapping[str, Any]) -> None:
+        self._take_up(name, seen)
+        if self._patience.is_cancelled:  # else a first request is to come
+            self._end_if_idle()
 
     def _succeed_one(self, orders: Order, seen: Mapping[str, Any]) -> None:
-        is_alive = seen["pid"] and traces.born(seen["pid"]) == seen["born"]
+        is_alive = bool(seen["born"]) and traces.born(seen["pid"]) == seen["born"]
         pid = seen["pid"] if is_alive else _running(orders)  # one of which nothing was written yet
         if pid:
             self._adopt(orders, pid, is_ready=is_alive and seen["state"] == State.RUNNING)

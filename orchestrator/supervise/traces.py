@@ -12,6 +12,7 @@ from enum import Enum
 _QUEUES = "/proc/self/net/netfilter/nfnetlink_queue"
 _WHOLE_PACKETS = 2  # NFQNL_COPY_PACKET: the queue is configured
 _SILENT_LOOKS = 2
+_ENVIRONMENT_LEN = 1 << 16
 
 GONE = (FileNotFoundError, ProcessLookupError)
 """What /proc says of a process that is gone; any other error says nothing of it."""
@@ -85,15 +86,19 @@ def with_environment(environment: Mapping[str, str], is_ours: Callable[[int], bo
     wanted = {f"{name}={value}".encode() for name, value in environment.items()}
     for entry in os.listdir("/proc") if wanted else []:  # noqa: PTH208 (a supervisor imports no pathlib)
         with contextlib.suppress(*GONE, PermissionError):
-            is_marked = entry.isdigit() and wanted <= _environment(entry) and _netns(entry) == _netns("self")
-            if is_marked and is_ours(int(entry)):
+            is_marked = entry.isdigit() and wanted.issubset(variables(int(entry)))
+            if is_marked and _netns(entry) == _netns("self") and is_ours(int(entry)):
                 return int(entry)
     return 0
 
 
-def _environment(pid: str) -> set[bytes]:
+def variables(pid: int) -> list[bytes]:
+    """The environment that a process was started with, NAME=VALUE each, as far as one of ours goes. Raises OSError.
+
+    A process can show any part of its memory as that, gigabytes too: prctl(2), PR_SET_MM_MAP.
+    """
     with open(f"/proc/{pid}/environ", "rb") as file:  # noqa: PTH123
-        return set(file.read().rstrip(b"\0").split(b"\0"))
+        return file.read(_ENVIRONMENT_LEN).rstrip(b"\0").split(b"\0")
 
 
 def _netns(pid: str) -> str:

@@ -1,13 +1,16 @@
 """Whether a process that carries a mark of ours was started by us: anybody can write anything into an environment.
 
 The real user id tells, which nobody but root chooses. What we start is root, and stays that or becomes a user of its
-own that nobody else is, or the user that its document names. Sources: proc_pid_status(5), engine/privileges.py.
+own that nobody else is, or the user that its document names. A setuid program may become root (sudo does, before it
+asks for a password) with an environment that anybody wrote: none of ours is one. Sources: proc_pid_status(5),
+engine/privileges.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import stat
 
 from orchestrator.engine import privileges
 from orchestrator.engine.names import NEXT
@@ -16,7 +19,7 @@ from orchestrator.supervise.traces import GONE
 
 def is_root(pid: int) -> bool:
     """Whether a process is root, or whoever this process is where that is not root; False if it is gone."""
-    return _real_uid(pid) in (0, os.geteuid())
+    return _uid(pid) in (0, os.geteuid())
 
 
 def is_helper(pid: int, directory: str, name: str) -> bool:
@@ -24,16 +27,21 @@ def is_helper(pid: int, directory: str, name: str) -> bool:
 
     A helper process could write itself the mark of another, whose user it is not.
     """
-    uid = _real_uid(pid)
+    uid = _uid(pid)
     if uid in (0, os.geteuid(), privileges.own_user(directory, name).uid):
         return True
     documents = (f"{directory}/helper-{name}.toml{suffix}" for suffix in ("", NEXT))
     return uid >= 0 and any(uid == _user_of(document) for document in documents)
 
 
-def _real_uid(pid: int) -> int:
-    """-1 if it is gone. The owner of /proc/PID tells nothing: it is root for whoever is not dumpable."""
-    with contextlib.suppress(*GONE), open(f"/proc/{pid}/status", "rb") as file:  # noqa: PTH123 (no pathlib here)
+def _uid(pid: int) -> int:
+    """Its real user id; -1 if it is gone, or runs a setuid program.
+
+    The owner of /proc/PID tells nothing: it is root for whoever is not dumpable.
+    """
+    with contextlib.suppress(*GONE, PermissionError), open(f"/proc/{pid}/status", "rb") as file:  # noqa: PTH123 (no pathlib here)
+        if os.stat(f"/proc/{pid}/exe").st_mode & stat.S_ISUID:  # noqa: PTH116
+            return -1
         for line in file:
             if line.startswith(b"Uid:"):
                 return int(line.split()[1])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -39,6 +40,7 @@ _START_SOON_S = 0.02  # to start a child takes long enough for other changes to 
 _BUSY_S = 0.25  # between two looks at the lock, while an orch is at work
 _GLANCES_MAX = 20  # between two looks, as long as nothing changes
 _OK, _FAILED, _DIFFERS = 0, 1, 2  # how a look ends; what failed in order has been said
+_ENDED = 128 + signal.SIGTERM
 _NFNLGRP_NFTABLES = 7
 _NFNL_SUBSYS_NFTABLES = 10
 _NFT_MSG_NEWGEN = 15
@@ -133,7 +135,8 @@ class Commits:
 
 
 def _text(data: bytes) -> str:
-    return data.rstrip(b"\0").decode(errors="replace")
+    """A program may call itself anything, and it goes to logs and terminals."""
+    return "".join(ch if ch.isprintable() else "?" for ch in data.rstrip(b"\0").decode(errors="replace"))
 
 
 def is_by_holder(commit: Commit, state_dir: str) -> bool:
@@ -170,7 +173,7 @@ class Reconciler:
         self._marks = Marks(state_dir, "")
         self._commits: Commits | None = None
         self._timer: Timer | None = None
-        self._is_looking = False
+        self._looking = 0  # the pid of a look under way
         self._is_wanted_again = False
         self._patience = 1  # glances until the next look, as long as they find nothing new
         self._glances = 0
@@ -204,6 +207,8 @@ class Reconciler:
             self._commits = None
             self._supervisor.say("drift is not mended any more")
             self._cancel()
+            if self._looking:  # it waits for whoever told us so, and would mend after that
+                os.kill(self._looking, signal.SIGTERM)
 
     def _rules_changed(self) -> None:
         for commit in self._commits.read() if self._commits else ():
@@ -222,14 +227,18 @@ class Reconciler:
             self._soon()
 
     def _soon(self) -> None:
-        if self._is_looking:
+        if self._looking:
             self._is_wanted_again = True
         elif self._commits is not None:
             self._look_in(_START_SOON_S)
 
     def _look_in(self, seconds: float) -> None:
+        """One that is due sooner is not put off: whoever goes on changing rules would keep us from looking."""
+        deadline = time.monotonic() + seconds
+        if self._timer and self._timer.callback == self._look and self._timer.deadline <= deadline:
+            return
         self._cancel()
-        self._timer = self._supervisor.at(time.monotonic() + seconds, self._look)
+        self._timer = self._supervisor.at(deadline, self._look)
 
     def _glance_in(self, seconds: float) -> None:
         self._cancel()
@@ -263,16 +272,14 @@ class Reconciler:
         quiet = ("--news",) if self._has_looked else ()
         command = errands.orch("watch", self._profile, "--once", *quiet, state_dir=self._state_dir)
         try:
-            self._children.start(command, self._looked)
+            self._looking = self._children.start(command, self._looked)
         except OSError as error:
             self._supervisor.say(f"cannot look for drift: {error.strerror}", _WARNING)
             self._look_in(INTERVAL_S)
-            return
-        self._is_looking = True
 
     def _looked(self, exit_code: int) -> None:
-        self._is_looking, self._has_looked = False, True
-        if exit_code not in (_OK, _FAILED, _DIFFERS):
+        self._looking, self._has_looked = 0, True
+        if exit_code not in (_OK, _FAILED, _DIFFERS, _ENDED):
             self._supervisor.say(f"looking for drift ended with {exit_code}", _WARNING)
         now = self._seen()
         self._known = now if now == self._before else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -644,6 +644,28 @@ def test_teardown_names_the_queues_whose_packets_the_kernel_drops(
     kernel.namespaces[""].queues[5] = replace(_row(), queue_num=5)
     orch.teardown()
     assert any("queue 5 of port id 4711 in netns host" in w for w in orch.warnings) is warns
+
+
+@dataclass(frozen=True, slots=True)
+class GoneMeanwhile(FakeRules):
+    """Another namespace is deleted between a look for its profiles and one at their rules."""
+
+    def profiles(self, netns: Netns) -> tuple[str, ...]:
+        found = FakeRules.profiles(self, netns)
+        if netns.label == "blue":
+            self.kernel.namespaces.pop("blue", None)
+        return found
+
+
+def test_a_namespace_that_goes_while_it_is_looked_into_is_in_nobodys_way(orch: Harness, kernel: FakeKernel) -> None:
+    kernel.add_netns("blue")
+    kernel.add_netns("red")
+    for name in ("blue", "red"):
+        orch.apply(FTP, name)
+    (orch.state_dir / "ledger.sqlite").unlink()
+    kernel.running_processes.clear()
+    orch.system = replace(orch.system, rules={b: GoneMeanwhile(kernel, b) for b in orch.system.rules})
+    assert [owner.netns.label for owner in orch.status().unknown] == ["red"]
 
 
 def test_a_gone_namespace_is_told_and_released(orch: Harness, kernel: FakeKernel) -> None:

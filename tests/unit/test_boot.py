@@ -1,6 +1,6 @@
 """The units that `orch enable` writes: golden files, and what they never overwrite. ORCH_UPDATE_GOLDEN=1 renews them.
 
-Under a real systemd they are in tests/kernel/test_service.py.
+Under a real systemd they are in tests/kernel/test_boot.py.
 """
 
 from __future__ import annotations
@@ -206,6 +206,15 @@ def test_the_file_of_another_namespace_does_not_disable_it(unit_dir: Path, of_fi
     assert sorted(path.name for path in unit_dir.iterdir()) == before
     assert boot.disable(names, unit_dir, is_now=False, netns_path=boot.path_of(of_first))
     assert not list(unit_dir.iterdir())
+
+
+def test_who_names_a_namespace_of_the_same_label_is_told_which_one_to_name(unit_dir: Path) -> None:
+    names = boot.names("ftp", "blue")
+    written("ftp", "/etc/orch/first.yaml", unit_dir, "/a/blue", is_named=True)
+    with pytest.raises(RefusedError) as caught:
+        boot.disable(names, unit_dir, is_now=False, netns_path="/b/blue")
+    assert caught.value.hint == "orch disable with the name of the profile and --netns /a/blue takes it away"
+    assert boot.disable(names, unit_dir, is_now=False, netns_path="/a/blue")
 
 
 def test_a_profile_is_disabled_by_name_whatever_its_namespace(unit_dir: Path) -> None:

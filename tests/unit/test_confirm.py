@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import re
 import sqlite3
 from collections.abc import Callable
@@ -20,16 +21,17 @@ from orchestrator import confirm
 from orchestrator.app import App
 from orchestrator.commands.confirm import new_trial
 from orchestrator.confirm import Verdict
-from orchestrator.errors import OrchError, ProfileError, RefusedError, RollbackError, UsageError
-from orchestrator.fake import FakeKernel
+from orchestrator.errors import KernelError, OrchError, ProfileError, RefusedError, RollbackError, UsageError
+from orchestrator.fake import FakeHost, FakeKernel
 from orchestrator.journal import Ledger
+from orchestrator.model import Netns
 from orchestrator.reports import Report, Trial
 from orchestrator.serial import from_json, to_json
 from orchestrator.state import Pending
 from orchestrator.views import history as view
 from orchestrator.views import status as status_view
 from orchestrator.views.human import Paint
-from orchestrator.watchdog import Watchdog
+from orchestrator.watchdog import Watchdog, _Second
 from tests.hosts import FTP, Harness, both
 
 WITHIN_S = 60.0
@@ -410,6 +412,44 @@ def test_one_that_cannot_be_undone_is_in_the_way_of_its_own_profile_alone(orch: 
     assert (pending(orch), orch.status().is_right) == ((), True)
 
 
+def test_its_own_profile_is_known_by_any_name_of_its_namespace(orch: Harness, kernel: FakeKernel) -> None:
+    """Else what is applied under another name would be undone by the next command."""
+    blue = kernel.add_netns("blue")
+    desired, target = both(FTP)
+    orch.app("blue").apply(desired, target, ask=False, trial=Trial(WITHIN_S, lambda: None))
+    kernel.namespaces["azure"] = replace(
+        kernel.namespaces["blue"], netns=replace(blue, label="azure", path="/run/netns/azure")
+    )
+    kernel.now += WITHIN_S
+    kernel.on_modify = refusal
+    with pytest.raises(RefusedError, match="was not confirmed, and could not be undone"):
+        orch.apply(THIRD, "azure")
+
+
+def refusal(operation: str, key: str) -> None:
+    """No rules can be removed."""
+    if operation == "remove rules":
+        raise KernelError(operation, key, errno.EBUSY)
+
+
+@dataclass(frozen=True, slots=True)
+class Short(FakeHost):
+    """A host that is short of descriptors."""
+
+    def netns_cookie(self, netns: Netns) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+
+def test_a_host_that_is_short_of_something_leaves_what_waits(orch: Harness, kernel: FakeKernel) -> None:
+    try_out(orch, FTP)
+    (waiting,) = pending(orch)
+    app = orch.app()
+    with app.settled("test") as ledger, pytest.raises(RollbackError, match="Too many open files") as caught:
+        confirm.undo(replace(app, system=replace(app.system, host=Short(kernel))), ledger, waiting)
+    assert caught.value.leftovers == ("what was applied for profile ftp in netns host and not confirmed",)
+    assert pending(orch) == (waiting,)
+
+
 def test_somebody_is_there_again_who_undoes_it(orch: Harness, kernel: FakeKernel) -> None:
     """Every watchdog was killed: the next command that writes starts another, if something waits still."""
     started: list[tuple[Pending, ...]] = []
@@ -431,6 +471,16 @@ def test_somebody_is_there_again_who_undoes_it(orch: Harness, kernel: FakeKernel
     kernel.now += WITHIN_S
     write(app)
     assert len(started) == 2
+
+
+def test_a_command_that_fails_at_once_sees_to_it_too(orch: Harness, kernel: FakeKernel) -> None:
+    started: list[bool] = []
+    try_out(orch, FTP)
+    app = orch.app()
+    app = replace(app, system=replace(app.system, host=Short(kernel)), guard=lambda: started.append(True))
+    with pytest.raises(OSError, match="Too many open files"), app.settled("test"):
+        pass
+    assert started
 
 
 def test_where_nobody_can_be_started_who_undoes_it_that_is_told(orch: Harness) -> None:
@@ -525,6 +575,28 @@ def test_a_watchdog_says_once_that_it_cannot_read_the_ledger(orch: Harness, capl
     ledger.write_bytes(b"nonsense" * 1000)
     dog._pending()
     assert len(caplog.records) == 2
+
+
+def test_a_watchdog_starts_nobody_who_cannot_read_the_ledger_either(orch: Harness) -> None:
+    """They would end at once, one a second, and fill the log with it."""
+    try_out(orch, FTP)
+    (orch.state_dir / "ledger.sqlite").write_bytes(b"nonsense" * 1000)
+    dog = Watchdog(orch.app())
+    dog._pending()
+    assert dog._be_backed(now_s=100.0) == math.inf
+    assert dog._second._process is None
+
+
+def test_one_behind_it_that_ends_at_once_is_started_ever_more_rarely(tmp_path: Path) -> None:
+    second, now_s, pauses = _Second(tmp_path, not_before_s=0.0), 0.0, []
+    for _ in range(3):
+        assert second.be_there(now_s) == math.inf
+        assert second._process is not None
+        assert second._process.wait() == 0, "there is no ledger here"
+        pauses.append(second.be_there(now_s) - now_s)
+        now_s += pauses[-1]
+    assert pauses == [1.0, 2.0, 4.0]
+    assert second.descriptors == []
 
 
 def test_a_watchdog_leaves_the_ledger_of_a_newer_orch_to_that(orch: Harness, caplog: pytest.LogCaptureFixture) -> None:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -30,8 +30,11 @@ from orchestrator.kernel.iptables import IptablesRules
 from orchestrator.kernel.netns import entered, find, scratch
 from orchestrator.model import Backend, Document, Rules, is_profile_name
 from orchestrator.supervise import watching
+from orchestrator.supervise.errands import Errands
 from orchestrator.supervise.glance import glance
-from orchestrator.supervise.watching import Commit, CommitReader, Commits
+from orchestrator.supervise.lifecycle import Life
+from orchestrator.supervise.reactor import Reactor
+from orchestrator.supervise.watching import Commit, CommitReader, Commits, Reconciler
 
 WITHIN_S = 60
 CONFIG = 0x302  # NFNL_SUBSYS_QUEUE, NFQNL_MSG_CONFIG
@@ -73,6 +76,12 @@ def test_a_commit_names_its_tables_and_who_made_it() -> None:
     assert commit.touches("ftp")
     assert not commit.touches("tftp")
     assert list(reader.read(end)) == [Commit(frozenset(), 77, "nft")]
+
+
+def test_the_name_of_a_program_is_no_more_than_text() -> None:
+    """It is what that program says of itself, and goes to a log and a terminal."""
+    (commit,) = CommitReader().read(message(NEWGEN, (3, b"a\n<0>\x1b[2J\xff\0")))
+    assert commit.program == "a?<0>?[2J\ufffd"
 
 
 def test_the_table_of_iptables_and_what_was_lost_concern_everybody() -> None:
@@ -160,6 +169,73 @@ def test_commits_of_the_kernel() -> None:
     assert first.tables == second.tables == {"orch-ftp"}
     assert first.program == second.program == "nft"
     assert first.pid != second.pid
+
+
+class Supervisor(Reactor):
+    """What a reconciler is told by."""
+
+    processes: Mapping[str, Life] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on_change: Callable[[], None] = lambda: None
+        self.on_reaped: Callable[[int, int], None] = lambda _pid, _code: None
+        self.said: list[str] = []
+
+    def say(self, text: str, level: int = 6) -> None:
+        del level
+        self.said.append(text)
+
+
+@root
+@pytest.mark.slow
+def test_who_goes_on_changing_rules_does_not_put_off_a_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / watching.FILE).touch()
+    supervisor = Supervisor()
+    with scratch():
+        reconciler = Reconciler(supervisor, Errands(supervisor, {}), profile="ftp", state_dir=str(tmp_path))
+        due = reconciler._timer
+        assert due is not None
+        nft("add table inet orch-ftp")
+        reconciler._rules_changed()
+        assert supervisor.said[-1].endswith("changed rules")
+        assert (reconciler._timer, due.is_cancelled) == (due, False)
+        reconciler._glance_in(0.0)
+        nft("delete table inet orch-ftp")
+        reconciler._rules_changed()
+        assert reconciler._timer is not None
+        assert reconciler._timer.callback == reconciler._look, "a glance would not see it"
+        Path(watching.FILE).unlink()
+        reconciler._toggle()
+        assert supervisor.said[-1] == "drift is not mended any more"
+
+
+class Sleepers(Errands):
+    """Commands that do not end by themselves."""
+
+    def start(self, argv: list[str], ended: Callable[[int], None]) -> int:
+        del argv
+        self.pid = super().start(["/bin/sleep", "60"], ended)
+        return self.pid
+
+
+@root
+@pytest.mark.slow
+def test_a_look_that_waits_does_not_outlive_the_wish_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / watching.FILE).touch()
+    supervisor = Supervisor()
+    children = Sleepers(supervisor, {})
+    with scratch():
+        reconciler = Reconciler(supervisor, children, profile="ftp", state_dir=str(tmp_path))
+        reconciler._look()
+        (tmp_path / watching.FILE).unlink()
+        reconciler._toggle()
+    code = os.waitstatus_to_exitcode(os.waitpid(children.pid, 0)[1])
+    assert code == -signal.SIGTERM
+    supervisor.on_reaped(children.pid, code)
+    assert supervisor.said[-1] == "drift is not mended any more", "that it was ended is no trouble"
 
 
 def test_no_file_that_a_supervisor_looks_for_is_taken_for_a_profile() -> None:
@@ -334,7 +410,8 @@ def test_a_supervisor_reconciles(netns: str, profile: Path) -> None:
         assert inside(netns, "nft", "list", "table", "inet", "orch-ftp")
         profile.write_text(PROFILE.format(netns=netns).replace("reconcile: true", "reconcile: false"))
         service.process.send_signal(signal.SIGHUP)
-        service.line_with("drift is not mended any more")
+        service.line_with("leave drift alone")
+        service.line_with("Verified.")  # before that it would be taken for a failure of the apply, and undone
         inside(netns, "nft", "flush", "ruleset")
         status = run_orch(state, "status")
         assert "drift: inet orch-ftp: missing" in status.stdout

@@ -265,6 +265,59 @@ def test_a_restart_instead_that_fails_anywhere_leaves_all_as_it_was(
     assert calls >= 4
 
 
+@pytest.mark.parametrize("after", ["queue: 77, guard: {ports: 2000-3000}", "queue: 80"])
+@queueings
+def test_one_that_hands_over_nothing_on_the_way_back_is_restarted(
+    orch: Harness, kernel: FakeKernel, caplog: pytest.LogCaptureFixture, queueing: str, after: str
+) -> None:
+    """Else every other command would have to wait for it."""
+    orch.apply(profile(queueing, "queue: 77"))
+    before = kernel.dump_text()
+
+    def fail(operation: str, key: str) -> None:
+        assert not kernel.deaf()
+        if operation == "reconcile":
+            kernel.keeping = {"ftp"}
+            raise KernelError(operation, key, errno.ENOSPC)
+
+    kernel.on_modify = fail
+    with pytest.raises(KernelError):
+        orch.apply(profile(queueing, after) + "reconcile: true\n")
+    assert kernel.dump_text() == before
+    assert "ftp hands over nothing (it does not answer): it is restarted" in caplog.text
+
+
+@pytest.mark.parametrize("after", ["queue: 77, guard: {ports: 2000-3000}", "queue: 80"])
+@queueings
+def test_one_that_hands_over_nothing_when_a_trial_is_undone_is_restarted(
+    orch: Harness, kernel: FakeKernel, queueing: str, after: str
+) -> None:
+    orch.apply(profile(queueing, "queue: 77"))
+    before = kernel.dump_text()
+    trial = Trial(60.0, guard=lambda: None)
+    orch.app().apply(*both(profile(queueing, after)), ask=False, trial=trial)
+    kernel.keeping = {"ftp"}
+    kernel.on_modify = lambda operation, key: pytest.fail(f"{operation} {key}: deaf") if kernel.deaf() else None
+    with orch.app().settled("rollback") as ledger:
+        (pending,) = ledger.pending()
+        report = orch.app().roll_back(ledger, pending)
+    assert report.leftovers == ()
+    assert kernel.dump_text() == before
+
+
+def test_a_restart_instead_that_somebody_declines_is_not_told_of(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(profile("rules", "queue: 77"))
+    before = kernel.dump_text()
+    kernel.keeping = {"ftp"}
+    answers = iter((True, False))
+    app = orch.app()
+    app = replace(app, talk=replace(app.talk, confirm=lambda _plan, _reason: next(answers)))
+    report = app.apply(*both(profile("rules", "queue: 77, guard: {ports: 2000-3000}")), ask=True)
+    assert report.declined
+    assert report.notes == ("ftp hands over nothing (it does not answer)",)
+    assert kernel.dump_text() == before
+
+
 def test_one_that_nobody_looks_after_is_restarted(orch: Harness, kernel: FakeKernel) -> None:
     orch.apply(profile("rules", "queue: 77"))
     for pid, (seen, launch) in kernel.running_processes.items():

@@ -232,6 +232,15 @@ def test_descriptors_that_nobody_waits_for_are_not_taken_in() -> None:
         assert open_files() == before
 
 
+def test_a_last_word_counts_however_late_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else both would read from then on."""
+    monkeypatch.setattr(handover, "ANSWER_WITHIN_S", -1.0)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        handover._send(theirs, handover._TAKEN)
+        assert handover._is_taken(ours)
+
+
 @contextmanager
 def room_for(count: int) -> Iterator[None]:
     """So many files can be opened."""

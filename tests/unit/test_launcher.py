@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +18,7 @@ from orchestrator.errors import HelperProcessError
 from orchestrator.kernel.netns import find
 from orchestrator.model import Netns
 from orchestrator.supervise.launcher import LocalProcesses
-from tests.processes import DOCUMENT, NAME, OWN_HELPER, PROFILE, launch, local_processes, own_document
+from tests.processes import DOCUMENT, NAME, OWN_HELPER, PROFILE, begun, launch, local_processes, own_document
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and ip(8)")
 
@@ -94,13 +95,15 @@ def test_the_log_of_the_start_before_is_kept(processes: LocalProcesses, netns: N
     assert "is root" in (directory / f"{NAME}.log.old").read_text()
 
 
+def marks(state_dir: Path, profile: str = PROFILE, name: str = NAME) -> dict[str, str]:
+    mark = "\x1f".join((str(state_dir), profile, name, "digest"))
+    return {"ORCH_PROCESS": mark} if name else {"ORCH_PROCESS": mark, "ORCH_SUPERVISOR": mark.replace("digest", "")}
+
+
 def marked(state_dir: Path, profile: str = PROFILE, name: str = NAME, *, uid: int = 0) -> subprocess.Popen[bytes]:
     """Somebody's process that says it is one of ours."""
-    mark = "\x1f".join((str(state_dir), profile, name, "digest"))
-    environment = {"PATH": os.environ["PATH"], "ORCH_PROCESS": mark, "ORCH_SUPERVISOR": mark.replace("digest", "")}
-    if name:
-        del environment["ORCH_SUPERVISOR"]
-    return subprocess.Popen(["sleep", "1000"], env=environment, user=uid, group=uid, extra_groups=[])
+    environment = {"PATH": os.environ["PATH"], **marks(state_dir, profile, name)}
+    return begun(subprocess.Popen(["sleep", "1000"], env=environment, user=uid, group=uid, extra_groups=[]))
 
 
 def seen(processes: LocalProcesses) -> set[int]:
@@ -119,6 +122,33 @@ def test_what_somebody_else_starts_is_not_ours(processes: LocalProcesses, tmp_pa
         finally:
             foreign.kill()
             ours.kill()
+
+
+@pytest.mark.parametrize("name", [NAME, ""])
+def test_a_setuid_program_that_becomes_root_is_not_ours(processes: LocalProcesses, tmp_path: Path, name: str) -> None:
+    """As sudo does before it asks for a password: its environment is that of whoever started it."""
+    program = tmp_path / "become-root"
+    shutil.copy(Path(sys.executable).resolve(), program)
+    program.chmod(0o4755)  # nobody but who is handed it gets there: the directory is root's
+    become = "import os, time; os.setresuid(0, 0, 0); print(flush=True); time.sleep(1000)"
+    environment = {**marks(tmp_path, name=name), "PYTHONHOME": sys.base_prefix}
+    with program.open("rb") as file:
+        foreign = subprocess.Popen(
+            [f"/proc/self/fd/{file.fileno()}", "-S", "-c", become],
+            pass_fds=[file.fileno()],
+            env=environment,
+            stdout=subprocess.PIPE,
+            user=65534,
+            group=65534,
+            extra_groups=[],
+        )
+    with foreign:
+        try:
+            assert foreign.stdout is not None
+            assert foreign.stdout.readline() == b"\n"
+            assert not seen(processes)
+        finally:
+            foreign.kill()
 
 
 def test_a_helper_process_is_known_by_the_user_that_it_alone_is(
@@ -153,12 +183,13 @@ def test_a_helper_process_of_a_named_user_is_known_by_its_document(
 
 
 @pytest.mark.parametrize(
-    "profile, name", [("ftp; delete table inet filter", NAME), ("../../tmp/x", NAME), (PROFILE, "../x")]
+    "profile, name",
+    [("ftp; delete table inet filter", NAME), ("../../tmp/x", NAME), (PROFILE, "../x"), (PROFILE, "x\x1b[2J")],
 )
 def test_what_anybody_writes_into_an_environment_is_no_name(
     processes: LocalProcesses, tmp_path: Path, profile: str, name: str
 ) -> None:
-    """A name becomes part of nft commands and of paths."""
+    """A name becomes part of nft commands, of paths, and of what is shown on a terminal."""
 
     with marked(tmp_path, profile, name) as other, marked(tmp_path, PROFILE, NAME) as ours:
         try:

@@ -57,7 +57,7 @@ LAYERS: dict[str, set[str]] = {
     "views": PURE
     | {"confirm", "doctor", "drift", "engine", "events", "explain", "replay", "reports", "execute", "status"}
     | {"supervise", "verify", "views"},
-    "confirm": PURE | {"app", "journal", "reports"},
+    "confirm": PURE | {"app", "execute", "journal", "reports"},
     "watchdog": PURE | {"app", "execute", "journal", "reports", "supervise"},
     "boot": BASE | {"render"},
     "complete": set(),

@@ -392,6 +392,27 @@ def test_a_binding_whose_answer_is_lost_is_asked_for_again(
         assert (page.counters.kernel_errors, netlink.lost_messages(net.queue)) == (0, 2)
 
 
+def test_a_binding_is_answered_behind_packets_that_take_their_time(
+    net: Net, recorder: Recorder, page: Page, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a process that takes over under load: each answer comes later than it is asked for again."""
+    monkeypatch.setattr(nfqueue, "_NFQA_CFG_F_CONNTRACK", 0)
+    now_ns = 0
+
+    class Slow(Recorder):
+        def inspect(self, packet: Packet) -> Outcome:
+            nonlocal now_ns
+            now_ns += loop._BIND_AGAIN_NS // 10
+            net.send(b"one more")
+            return super().inspect(packet)
+
+    monkeypatch.setattr(loop, "monotonic_ns", lambda: now_ns)
+    net.send(*[b"waits"] * 20)
+    made = make_loop(net, Slow(), page)
+    made.bind(QUEUE_NUM + 1, is_fail_open=True)
+    assert made.queues == {QUEUE_NUM + 1: True}
+
+
 def bind_from(channel: socket.socket, number: int) -> int:
     """The errno of the kernel."""
     channel.send(nfqueue.encode_config(number, is_fail_open=False, max_len=1, sequence=1))

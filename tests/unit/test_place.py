@@ -131,6 +131,23 @@ def test_what_cannot_be_told_now_is_looked_at_again(netns: Netns, monkeypatch: p
             reactor._turn()
 
 
+def test_however_often_it_cannot_be_told_it_is_looked_at_again_once(
+    netns: Netns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def listdir(_path: str) -> list[str]:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    reactor = Reactor()
+    with entered(netns):
+        look_out = place.LookOut(reactor, netns.path, lambda: None)
+        reactor._turn()
+        (again,) = reactor._timers
+        for _ in range(5):  # as many names have gone
+            look_out._look()
+    assert reactor._timers == [again]
+
+
 def test_a_name_that_leads_to_another_namespace_holds_nothing(netns: Netns) -> None:
     with looked_out_for(netns.path) as said:
         assert next(said) == "held"

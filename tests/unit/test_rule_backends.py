@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import uuid
@@ -35,6 +37,8 @@ from orchestrator.model import (
     Rules,
 )
 from orchestrator.ports import RuleBackend
+from orchestrator.supervise.traces import born
+from tests.trials import wait_for
 
 SBIN = "/usr/sbin:/usr/bin:/sbin:/bin"
 NEEDED = ("ip", "nft", "iptables-legacy", "iptables-nft")
@@ -408,3 +412,26 @@ def test_what_cannot_be_read_is_not_taken_for_nothing(
             adapter.load(space, rules(backend))
         assert "it did not work" in caught.value.cause
     assert adapter.listing(space, "unit") == before
+
+
+def test_a_program_that_changes_rules_ends_with_orch(tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that waits for the lock of all iptables would load its rules after the next orch has undone them."""
+    (tmp_path / "pid").touch()
+    os.mkfifo(tmp_path / "never")
+    program = tmp_path / "waits"
+    program.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nread line < {tmp_path}/never\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(iptables, "_SYSTEM_PATH", f"{tmp_path}:{SBIN}")
+    orch = os.fork()
+    if not orch:
+        iptables._run("waits", given="*raw\nCOMMIT\n")
+        os._exit(0)
+    wait_for(lambda: (tmp_path / "pid").read_text().endswith("\n"))
+    pid = int((tmp_path / "pid").read_text())
+    os.kill(orch, signal.SIGKILL)
+    os.waitpid(orch, 0)
+    try:
+        wait_for(lambda: not born(pid), within_s=10)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

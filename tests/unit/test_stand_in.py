@@ -198,3 +198,36 @@ def test_a_stand_in_goes_on_where_nothing_else_starts(orch: Harness, kernel: Fak
     kernel.on_modify = None
     orch.apply(BEFORE)
     assert kernel.dump_text() == before
+
+
+def test_one_that_is_left_stays_while_conntrackd_is_left_alone(orch: Harness, kernel: FakeKernel) -> None:
+    """What nobody knows may serve anything: to end it would disable the registrations, and enable them again."""
+    orch.apply(BEFORE)
+    (pid,) = kernel.running_processes
+    _, launch = kernel.running_processes[pid]
+    stand_in = replace(launch, spec=replace(launch.spec, name=STAND_IN, queues=(49152,)))
+    kernel.system().processes.start(stand_in)
+    kernel.kill(pid)
+    mend_around(orch, "conntrackd")
+    assert not kernel.deaf()
+    assert [seen.name for seen, _ in kernel.running_processes.values()] == [STAND_IN]
+
+
+@pytest.mark.parametrize("spared, queue_num", [("conntrackd", 77), (str(FTP), 9)])
+def test_rules_are_not_loaded_where_they_would_attach_a_helper_that_nobody_listens_for(
+    orch: Harness, kernel: FakeKernel, spared: str, queue_num: int
+) -> None:
+    orch.apply(BEFORE)
+    kernel.namespaces[""].queues.clear()
+    kernel.registrations[FTP] = replace(kernel.registrations[FTP], queue_num=queue_num)
+    kernel.namespaces[""].rules.clear()
+    mend_around(orch, spared)
+    assert not kernel.deaf()
+
+
+def mend_around(orch: Harness, spared: str) -> None:
+    with orch.app().settled("mend") as ledger:
+        (owner,) = ledger.owners()
+        applied = ledger.find(owner)
+        assert applied is not None
+        orch.app().establish(ledger, applied.wanted, ask=False, spared=frozenset({spared}))

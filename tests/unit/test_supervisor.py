@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from orchestrator.errors import HelperProcessError, PreflightError
 from orchestrator.kernel.netns import entered, find
 from orchestrator.model import Netns, ProcessSpec, Restart
 from orchestrator.ports import Launch, Lifetimes, ProcessSeen, ProcessState, Supervised
-from orchestrator.supervise import control
+from orchestrator.supervise import control, traces
 from orchestrator.supervise.launcher import LocalProcesses, supervisor_mark
 from orchestrator.supervise.logs import LOG_BYTES
 from orchestrator.supervise.order import Order
@@ -68,7 +68,7 @@ time.sleep(1000)
 UNHEARD = """
 import os, sys
 sys.path.append(sys.argv[1])
-from orchestrator.supervise import control
+from orchestrator.supervise import control, traces
 from orchestrator.supervise.supervisor import Supervisor
 supervisor = Supervisor(sys.argv[2], sys.argv[3], control.listen(sys.argv[2]))
 os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
@@ -79,7 +79,7 @@ supervisor.run()
 FAILING = """
 import os, sys
 sys.path.append(sys.argv[1])
-from orchestrator.supervise import control
+from orchestrator.supervise import control, traces
 from orchestrator.supervise.supervisor import Supervisor
 
 class Failing(Supervisor):
@@ -316,9 +316,70 @@ def test_what_cannot_be_adopted_for_want_of_descriptors_is_adopted_later(
     with entered(netns), control.listen(directory) as listener:
         supervisor = Supervisor(directory, str(tmp_path), listener)
         assert not supervisor.processes
-        while not supervisor.processes:
+        supervisor._end_if_idle()  # as after each request
+        assert NAME in json.loads(Path("supervisor.json").read_text())["processes"], "who comes next has to know"
+        while not (supervisor.processes or supervisor._is_over):
             supervisor._turn()
     assert (refusals, supervisor.processes[NAME].pid) == ([], pid)
+
+
+def test_one_that_is_started_when_nothing_more_can_be_opened_is_looked_after(
+    processes: LocalProcesses, netns: Netns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal for pid 0 would be one for the supervisor."""
+    directory = str(processes._prepare(launch(netns)))
+    answers: list[Mapping[str, object]] = []
+
+    def born(_pid: int) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(traces, "born", born)
+    monkeypatch.chdir(directory)
+    with entered(netns), control.listen(directory) as listener:
+        supervisor = Supervisor(directory, str(tmp_path), listener)
+        supervisor._begin(Order.read(NAME), answers.append)
+        pid = supervisor.processes[NAME].pid
+        assert pid
+        os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED)
+
+
+@pytest.mark.parametrize("is_before", [True, False])
+def test_one_that_ends_in_the_moment_in_which_it_is_taken_up_is_started_again(
+    processes: LocalProcesses, netns: Netns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_before: bool
+) -> None:
+    """Before it, a supervisor may have been killed that started what ended at once: it was not seen alive."""
+    pid = processes.start(launch(netns))
+    (predecessor,) = processes.supervisors(PROFILE, netns.identity)
+    os.kill(predecessor, signal.SIGKILL)
+    wait_for(processes, lambda: not processes.supervisors(PROFILE, netns.identity))
+    directory, open_ = processes.runtime_dir(PROFILE, netns), os.pidfd_open
+    file = directory / "supervisor.json"
+
+    def end() -> None:
+        os.kill(pid, signal.SIGKILL)
+        wait_for(processes, lambda: not traces.born(pid))
+
+    def pidfd_open(asked: int) -> int:
+        if asked == pid:
+            if traces.born(pid):
+                end()
+            raise ProcessLookupError(errno.ESRCH, "No such process")
+        return open_(asked)
+
+    if is_before:
+        end()
+        report = json.loads(file.read_text())
+        report["processes"][NAME]["born"] = 0
+        file.write_text(json.dumps(report))
+    monkeypatch.setattr(os, "pidfd_open", pidfd_open)
+    monkeypatch.chdir(directory)
+    with entered(netns), control.listen(str(directory)) as listener:
+        supervisor = Supervisor(str(directory), str(tmp_path), listener)
+        again = supervisor.processes[NAME].pid
+        assert again not in (0, pid)
+        os.kill(again, signal.SIGKILL)
+        os.waitid(os.P_PID, again, os.WEXITED)
 
 
 def test_who_can_open_nothing_more_takes_no_supervisor_for_silent(processes: LocalProcesses, netns: Netns) -> None:

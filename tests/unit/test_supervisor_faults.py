@@ -96,7 +96,6 @@ def counted(name, call):
             os.kill(os.getpid(), signal.SIGKILL)
         return result
     return effect
-real_kill = os.kill
 supervisor.signal.pidfd_send_signal = counted("kill", signal.pidfd_send_signal)
 supervisor.Supervisor._kill = counted("kill", supervisor.Supervisor._kill)
 supervisor.Supervisor._send = counted("send", supervisor.Supervisor._send)

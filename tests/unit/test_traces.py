@@ -13,6 +13,7 @@ import pytest
 
 from orchestrator.supervise import logs, traces, trust
 from orchestrator.supervise.traces import Patience, QueueRow, Work
+from tests.processes import begun
 
 
 @pytest.mark.parametrize(
@@ -66,10 +67,22 @@ def test_a_process_is_stopped_or_not() -> None:
 
 def test_a_process_is_found_by_its_environment_if_it_is_ours() -> None:
     environment = {"ORCH_PROCESS": str(uuid4())}
-    with subprocess.Popen(["sleep", "1000"], env={**os.environ, **environment}) as child:
+    with begun(subprocess.Popen(["sleep", "1000"], env={**os.environ, **environment})) as child:
         try:
             assert traces.with_environment(environment, lambda pid: pid != child.pid) == 0
             assert traces.with_environment(environment, lambda pid: pid == child.pid) == child.pid
+        finally:
+            child.kill()
+
+
+def test_of_an_environment_no_more_is_read_than_ours_has() -> None:
+    """Anybody can make one of gigabytes."""
+    environment = {"FIRST": "1", **{f"V{number}": "x" * 100_000 for number in range(4)}}
+    with begun(subprocess.Popen(["sleep", "1000"], env=environment)) as child:
+        try:
+            seen = traces.variables(child.pid)
+            assert seen[0] == b"FIRST=1"
+            assert sum(map(len, seen)) < 100_000
         finally:
             child.kill()
 
