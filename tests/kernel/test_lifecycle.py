@@ -28,6 +28,7 @@ from orchestrator.state import WatchProcess
 from orchestrator.supervise.launcher import LocalProcesses
 from tests.hosts import FTP, Harness
 from tests.kernel.conftest import TURN, clean_orch, cli, cli_here, snapshot, turns
+from tests.kernel.native import until
 
 OWN = HelperKey("ftp-us", L3Proto.IP, L4Proto.TCP)
 # Each kernel gets every profile with one backend, by turns, and the next kernel with the other one.
@@ -358,7 +359,7 @@ def test_a_namespace_deleted_under_us_is_taken_away(orch: Harness) -> None:
     assert "it is gone" in orch.status().profiles[0].drift[0]
     (report,) = orch.teardown(every_netns=True).reports
     assert report.leftovers == ()
-    assert snapshot() == before
+    until(lambda: snapshot() == before, "what its supervisor began for the same reason has ended", within_s=60)
     assert not orch.status().profiles
 
 
