@@ -56,7 +56,8 @@ FIGURES = REPORTS.setdefault("service: the rules are there again after a restart
 
 def profile(name: str, netns: str = "", backend: str = "nftables") -> str:
     place = f"netns: {netns}\n" if netns else ""
-    ftp = "ftp: {attach: [{path: incoming, ports: 2121}]}"
+    # With iptables a registration queues, with nftables rules do: two profiles of one registration must agree.
+    ftp = f"ftp: {{name: ftp-{backend[:3]}, attach: [{{path: incoming, ports: 2121}}]}}"
     return f"profile: {name}\n{place}backend: {backend}\nhelpers:\n  {ftp}\n"
 
 
