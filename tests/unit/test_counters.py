@@ -62,6 +62,7 @@ def test_a_successor_has_a_page_of_its_own(path: str) -> None:
     assert counters.read(path).counters.packets == 1
 
 
+@pytest.mark.slow
 def test_a_reader_never_sees_half_of_a_write(path: str) -> None:
     page, stop = Page(path), threading.Event()
 

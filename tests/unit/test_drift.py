@@ -406,6 +406,7 @@ def disturb(kernel: FakeKernel, thing: str) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(fought=st.sets(st.sampled_from(THINGS), min_size=1), others=st.sets(st.sampled_from(THINGS)))
+@pytest.mark.slow
 def test_whatever_is_left_alone_nothing_is_blocked_and_all_else_is_mended(fought: set[str], others: set[str]) -> None:
     kernel = FakeKernel()
     with tempfile.TemporaryDirectory() as directory:

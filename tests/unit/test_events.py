@@ -298,6 +298,7 @@ def processes(netns: str, tmp_path: Path) -> Iterator[LocalProcesses]:
 
 
 @root
+@pytest.mark.slow
 def test_the_life_of_a_process(netns: str, processes: LocalProcesses) -> None:
     there = find(netns)
     _, target = both("profile: unit\nhelpers:\n  tftp: {engine: native}\n")

@@ -100,6 +100,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
         subprocess.run(["ip", "netns", "delete", name], check=True)
 
 
+@pytest.mark.slow
 def test_a_kill_between_two_families_is_settled(place: Place) -> None:
     place.killed(lambda: place.apply(ONE))
     assert "# ip\n" in place.listing(), "killed too early to be half-done"

@@ -372,6 +372,7 @@ def test_a_queue_that_cannot_be_bound(net: Net, recorder: Recorder, page: Page) 
     assert raised.value.errno in (errno.EPERM, errno.EOPNOTSUPP)
 
 
+@pytest.mark.slow
 def test_a_binding_whose_answer_is_lost_is_asked_for_again(
     recorder: Recorder, page: Page, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -360,6 +360,7 @@ def test_looking_at_the_module_loads_neither_pydantic_nor_yaml_and_a_check_loads
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_ten_thousand_entries_are_read() -> None:
     lines = ["profile: big", "helpers:", "  ftp:", "    attach:"]
     for i in range(10_000):
