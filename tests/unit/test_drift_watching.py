@@ -187,14 +187,20 @@ class Supervisor(Reactor):
         self.said.append(text)
 
 
+@pytest.fixture
+def runtime_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where a supervisor works that is to have drift mended."""
+    monkeypatch.chdir(tmp_path)
+    Path(watching.FILE).touch()
+    return str(tmp_path)
+
+
 @root
 @pytest.mark.slow
-def test_who_goes_on_changing_rules_does_not_put_off_a_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / watching.FILE).touch()
+def test_who_goes_on_changing_rules_does_not_put_off_a_look(runtime_dir: str) -> None:
     supervisor = Supervisor()
     with scratch():
-        reconciler = Reconciler(supervisor, Errands(supervisor, {}), profile="ftp", state_dir=str(tmp_path))
+        reconciler = Reconciler(supervisor, Errands(supervisor, {}), profile="ftp", state_dir=runtime_dir)
         due = reconciler._timer
         assert due is not None
         nft("add table inet orch-ftp")
@@ -222,15 +228,13 @@ class Sleepers(Errands):
 
 @root
 @pytest.mark.slow
-def test_a_look_that_waits_does_not_outlive_the_wish_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / watching.FILE).touch()
+def test_a_look_that_waits_does_not_outlive_the_wish_for_it(runtime_dir: str) -> None:
     supervisor = Supervisor()
     children = Sleepers(supervisor, {})
     with scratch():
-        reconciler = Reconciler(supervisor, children, profile="ftp", state_dir=str(tmp_path))
+        reconciler = Reconciler(supervisor, children, profile="ftp", state_dir=runtime_dir)
         reconciler._look()
-        (tmp_path / watching.FILE).unlink()
+        Path(watching.FILE).unlink()
         reconciler._toggle()
     code = os.waitstatus_to_exitcode(os.waitpid(children.pid, 0)[1])
     assert code == -signal.SIGTERM

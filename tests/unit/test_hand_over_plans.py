@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -104,23 +105,29 @@ def test_another_queue_is_served_before_anything_comes_to_it(
     assert orch.diff(profile(queueing, "queue: 80")).plan.is_empty
 
 
+def undone_failures(orch: Harness, kernel: FakeKernel, text: str) -> int:
+    """How many calls an apply makes: each fails in turn, which leaves all as it was, until the apply succeeds."""
+    before = kernel.dump_text()
+    for calls in itertools.count():
+        for pid, (seen, launch) in kernel.running_processes.items():
+            kernel.running_processes[pid] = (replace(seen, hands_over=True), launch)
+        kernel.fail_at(calls, errno.ENOMEM)
+        try:
+            orch.apply(text)
+        except KernelError:
+            assert kernel.dump_text() == before, calls
+            assert not kernel.deaf()
+        else:
+            return calls
+    raise AssertionError
+
+
 @queueings
 def test_an_update_that_fails_anywhere_leaves_the_queues_as_they_were(
     orch: Harness, kernel: FakeKernel, queueing: str
 ) -> None:
     orch.apply(profile(queueing, "queue: 77"))
-    before, calls = kernel.dump_text(), 0
-    while True:
-        kernel.fail_at(calls, errno.ENOMEM)
-        try:
-            orch.apply(profile(queueing, "queue: 80"))
-        except KernelError:
-            assert kernel.dump_text() == before, calls
-            assert not kernel.deaf()
-            calls += 1
-            continue
-        break
-    assert calls >= 3
+    assert undone_failures(orch, kernel, profile(queueing, "queue: 80")) >= 3
 
 
 def test_an_upgrade_that_does_not_come_up_is_not_tried_again_on_the_way_back(
@@ -248,21 +255,8 @@ def test_a_restart_instead_that_fails_anywhere_leaves_all_as_it_was(
     orch: Harness, kernel: FakeKernel, queueing: str
 ) -> None:
     orch.apply(profile(queueing, "queue: 77"))
-    before, calls = kernel.dump_text(), 0
     kernel.keeping = {"ftp"}
-    while True:
-        for pid, (seen, launch) in kernel.running_processes.items():
-            kernel.running_processes[pid] = (replace(seen, hands_over=True), launch)
-        kernel.fail_at(calls, errno.ENOMEM)
-        try:
-            orch.apply(profile(queueing, "queue: 80"))
-        except KernelError:
-            assert kernel.dump_text() == before, calls
-            assert not kernel.deaf()
-            calls += 1
-            continue
-        break
-    assert calls >= 4
+    assert undone_failures(orch, kernel, profile(queueing, "queue: 80")) >= 4
 
 
 @pytest.mark.parametrize("after", ["queue: 77, guard: {ports: 2000-3000}", "queue: 80"])
