@@ -91,9 +91,9 @@ class Ledger:
                 each.touch(mode=_PRIVATE)
             return cls(directory, _open_to_write(file, boot_id))
         except OSError as error:
-            raise OrchError(
-                f"cannot use the state directory {directory}: {error}", hint="run as root, or set --state-dir"
-            ) from error
+            hint = "run as root, or set --state-dir" if isinstance(error, PermissionError) else "set --state-dir"
+            reason = error.strerror or error
+            raise OrchError(f"cannot use the state directory: {reason}", where=str(directory), hint=hint) from error
         except (sqlite3.Error, ValueError) as error:
             raise _broken(error, file, "read") from error
 

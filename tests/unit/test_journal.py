@@ -344,8 +344,9 @@ def test_looking_creates_nothing(tmp_path: Path) -> None:
 
 def test_a_directory_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OrchError, match="cannot use the state directory"):
+    with pytest.raises(OrchError, match="cannot use the state directory: File exists") as caught:
         open_ledger(tmp_path / "file")
+    assert (caught.value.where, caught.value.hint) == (str(tmp_path / "file"), "set --state-dir")
 
 
 def test_the_lock_says_who_holds_it(tmp_path: Path) -> None:
