@@ -18,7 +18,7 @@ from orchestrator.launches import launches
 from orchestrator.model import Backend, Desired, Document, HelperKey, Listing, Netns, Status, Target
 from orchestrator.observe import Observer, or_nothing
 from orchestrator.plan import plan_apply, plan_teardown, relaunchable
-from orchestrator.plan_around import plan_around
+from orchestrator.plan_around import parts, plan_around
 from orchestrator.plan_registrations import registrations_of
 from orchestrator.ports import Launch, ProcessSeen, System
 from orchestrator.reports import (
@@ -216,6 +216,11 @@ class App:
             observed = observer.observe(owner, target, is_thorough=True)
             plan = plan_apply(target, wanted, observed, owner)
         return observed, plan_around(target, wanted, observed, owner, spared=spared) if spared else plan
+
+    def parts(self, ledger: Ledger, owner: Owner, target: Target, spared: frozenset[str]) -> tuple[frozenset[str], ...]:
+        """The subjects of a plan in parts that can be made right one after the other; reads only."""
+        wanted = launches(owner.profile, owner.netns, target.processes, target.documents)
+        return parts(target, wanted, self.plan(ledger, owner, target)[0], owner, spared=spared)
 
     def _run(self, execution: Execution, ledger: Ledger, tx: int) -> None:
         try:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from orchestrator.app import App
-from orchestrator.errors import Interrupted, OrchError, RefusedError
+from orchestrator.errors import Interrupted, OrchError, RefusedError, RollbackError
 from orchestrator.execute import EXPECTED
 from orchestrator.journal import Ledger
 from orchestrator.ports import ProcessState
@@ -178,38 +178,99 @@ def _mend(app: App, ledger: Ledger, owner: Owner, limits: Limits) -> MendReport:
 def _mend_rest(
     app: App, ledger: Ledger, applied: Applied, mending: Mending, *, plan: Plan, rest: Plan, again_in_s: float
 ) -> MendReport:
-    """Mend what is to be done now. It is remembered before the first effect, so that being killed counts as well."""
-    owner, now_s, subjects = applied.owner, app.system.clock.monotonic(), _subjects(rest)
-    begun = replace(mending, repairs=(*mending.repairs, *(Repair(subject, now_s) for subject in subjects)))
-    spared = frozenset(_subjects(plan)).difference(subjects)
-    if not rest.refusals and not rest.cut:
-        _remember(ledger, owner, begun)
-        mending = begun
-    failure = _establish(app, ledger, applied, spared) if not rest.cut else _what_is_cut(rest)
-    _remember(ledger, owner, replace(mending, failure=failure))
+    """Mend what is to be done now: all together, and if that fails, what can be done without what fails."""
+    owner = applied.owner
+    spared = frozenset(_subjects(plan)).difference(_subjects(rest))
+    _remember(ledger, owner, mending)
+    attempt = _Attempt(app, ledger, applied, spared)
+    attempt.run(rest)
+    if attempt.mended and attempt.failures:  # the next look, which is soon, tells of what is not mended
+        return MendReport(owner, Outcome.MENDED, attempt.mended, again_in_s=_AGAIN_S, is_partial=True)
+    failure = "; ".join(dict.fromkeys(attempt.failures))
+    _remember(ledger, owner, replace(ledger.mending(owner), failure=failure))
     if failure:
-        return MendReport(owner, Outcome.FAILED, rest.changes, failure, is_news=failure != mending.failure)
+        is_news = failure != mending.failure
+        return MendReport(owner, Outcome.FAILED, rest.changes, failure, is_news=is_news, again_in_s=again_in_s)
     return MendReport(owner, Outcome.MENDED, rest.changes, again_in_s=again_in_s, is_partial=bool(spared))
+
+
+class _Attempt:
+    """One go at what has drifted but for what is spared: what became right, and why the rest did not."""
+
+    def __init__(self, app: App, ledger: Ledger, applied: Applied, spared: frozenset[str]) -> None:
+        self.mended: tuple[Change, ...] = ()
+        self.failures: list[str] = []
+        self._app = app
+        self._ledger = ledger
+        self._applied = applied
+        self._spared = spared
+        self._begun: set[str] = set()
+
+    def run(self, plan: Plan) -> None:
+        """What cannot be taken back is left for the next command, and nothing else is tried meanwhile."""
+        try:
+            failure = self._try(plan, self._spared)
+            if failure:
+                parts = self._app.parts(self._ledger, self._applied.owner, self._applied.target, self._spared)
+                self._divide(parts, self._spared)
+                self.failures = self.failures or [failure]
+        except RollbackError as error:
+            self.failures.append(_say(error))
+
+    def _divide(self, parts: tuple[frozenset[str], ...], spared: frozenset[str]) -> None:
+        """Try one half, and then the other: of many parts one that fails is found in few attempts.
+
+        The first half needs nothing of the second; of that, what needs what failed is spared with it.
+        """
+        if len(parts) < 2:
+            return
+        middle = len(parts) // 2
+        first, second = parts[:middle], parts[middle:]
+        self._try_half(first, spared.union(*second))
+        self._try_half(second, spared.union(*first).difference(change.subject for change in self.mended))
+
+    def _try_half(self, parts: tuple[frozenset[str], ...], spared: frozenset[str]) -> None:
+        plan = self._app.plan(self._ledger, self._applied.owner, self._applied.target, spared)[1]
+        failure = "" if _is_right(plan) else self._try(plan, spared)
+        if failure and len(parts) > 1:
+            self._divide(parts, spared)
+        elif failure:
+            self.failures.append(failure)
+
+    def _try(self, plan: Plan, spared: frozenset[str]) -> str:
+        """Carry it out; why that cannot be done, if so."""
+        if plan.cut:
+            return _what_is_cut(plan)
+        if plan.refusals:
+            return _refused(plan)
+        self._note_repairs(_subjects(plan))
+        try:
+            report = self._app.establish(self._ledger, self._applied.wanted, ask=False, spared=spared)
+        except (Interrupted, RollbackError):
+            raise
+        except EXPECTED as error:
+            return _say(error)
+        if report.declined:
+            return _what_is_cut(report.plan)
+        self.mended += plan.changes
+        return ""
+
+    def _note_repairs(self, subjects: Collection[str]) -> None:
+        """Before the first effect, so that being killed counts as well; each subject once in one go."""
+        now_s, owner = self._app.system.clock.monotonic(), self._applied.owner
+        mending = self._ledger.mending(owner)
+        repairs = tuple(Repair(subject, now_s) for subject in subjects if subject not in self._begun)
+        self._begun.update(subjects)
+        _remember(self._ledger, owner, replace(mending, repairs=(*mending.repairs, *repairs)))
+
+
+def _what_is_cut(plan: Plan) -> str:
+    return f"{plan.cut} live connections would lose their helper: orch apply asks first"
 
 
 def _is_on_trial(ledger: Ledger, owner: Owner) -> bool:
     at = (owner.profile, owner.netns.identity)
     return any((pending.owner.profile, pending.owner.netns.identity) == at for pending in ledger.pending())
-
-
-def _establish(app: App, ledger: Ledger, applied: Applied, spared: frozenset[str]) -> str:
-    """Make it true again but for what is spared; why it is not, if it is not."""
-    try:
-        report = app.establish(ledger, applied.wanted, ask=False, spared=spared)
-    except Interrupted:
-        raise
-    except EXPECTED as error:
-        return _say(error)
-    return _what_is_cut(report.plan) if report.declined else ""
-
-
-def _what_is_cut(plan: Plan) -> str:
-    return f"{plan.cut} live connections would lose their helper: orch apply asks first"
 
 
 def _forget_old(mending: Mending, now_s: float, limits: Limits) -> Mending:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 from orchestrator.model import Listing, Status, Target
@@ -30,6 +31,22 @@ def plan_around(
             break
         spared |= needed
     return plan
+
+
+def parts(
+    target: Target, launches: tuple[Launch, ...], observed: Observed, owner: Owner, *, spared: frozenset[str]
+) -> tuple[frozenset[str], ...]:
+    """The subjects of such a plan in parts to be made right one after the other: each needs earlier ones alone."""
+
+    def changed(spared: frozenset[str]) -> frozenset[str]:
+        plan = plan_around(target, launches, observed, owner, spared=spared)
+        return frozenset(change.subject for change in plan.changes)
+
+    subjects = changed(spared)
+    left_with = {one: subjects - changed(spared | {one}) | {one} for one in subjects}
+    needs = {one: sorted(other for other in subjects if one in left_with[other]) for one in subjects}
+    ordered = sorted(subjects, key=lambda one: (len(needs[one]), needs[one]))
+    return tuple(frozenset(part) for _, part in itertools.groupby(ordered, needs.__getitem__))
 
 
 def _of_spared_helpers(launches: tuple[Launch, ...], spared: frozenset[str], drifted: frozenset[str]) -> frozenset[str]:

@@ -6,7 +6,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import partial
 
 from orchestrator.app import App
@@ -57,6 +56,7 @@ class Watcher(Reactor):
         self._pidfds: dict[int, tuple[int, At]] = {}
         self._looks: dict[At, Timer] = {}
         self._culprits: dict[At, str] = {}
+        self._rested: dict[At, float] = {}
         self._files = Inotify()
 
     def run(self) -> None:
@@ -125,7 +125,8 @@ class Watcher(Reactor):
             if touched and not self._is_ours(commit):
                 for at in touched:
                     self._culprits[at] = _who(commit)
-                    self._look_in(at, _SOON_S)
+                    rest_s = 0.0 if commit.is_certain(at[0]) else self._rested.get(at, 0.0) - time.monotonic()
+                    self._look_in(at, max(_SOON_S, rest_s))
 
     def _is_ours(self, commit: Commit) -> bool:
         return commit.pid == os.getpid() or watching.is_by_holder(commit, str(self._app.state_dir))
@@ -168,7 +169,9 @@ class Watcher(Reactor):
         owner = self._owners.get(at)
         if owner is None:
             return
+        began = time.monotonic()
         report = self._mend(owner)
+        self._rested[at] = time.monotonic() + watching.RESTS * (time.monotonic() - began)
         self._tell(report, self._culprits.get(at, ""))
         if report.again_in_s:
             self._look_in(at, report.again_in_s)
@@ -180,26 +183,28 @@ class Watcher(Reactor):
 def look_once(
     owners: Iterable[Owner],
     mend: Callable[[Owner], MendReport],
+    tell: Callable[[MendReport], None],
     *,
     within_s: float,
     sleep: Callable[[float], None],
     interrupted: Callable[[], int],
 ) -> list[MendReport]:
-    """What comes of each profile; who is at work already is waited for, all together for `within_s` at most.
+    """How each profile is in the end; who is at work already is waited for, all together for `within_s` at most.
 
-    Raises Interrupted when `interrupted` gives the number of a signal.
+    `tell` gets what came of every look. Raises Interrupted when `interrupted` gives the number of a signal.
     """
     reports = []
     for owner in owners:
         report = mend(owner)
         while report.again_in_s and report.again_in_s <= within_s:
             if report.outcome is not Outcome.WAITING:
-                reports.append(replace(report, is_partial=False))  # the next one tells of the rest
+                tell(report)
             sleep(report.again_in_s)
             within_s -= report.again_in_s
             if number := interrupted():
                 raise Interrupted(number)
             report = mend(owner)
+        tell(report)
         reports.append(report)
     return reports
 

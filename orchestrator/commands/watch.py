@@ -88,9 +88,9 @@ def watch(
         owners = [applied.owner for applied in app.applied(profile)]
         sleep, interrupted = app.system.clock.sleep, app.talk.interrupted
         with session.catching_signals():
-            reports = watcher.look_once(owners, mend, within_s=_ONCE_WITHIN_S, sleep=sleep, interrupted=interrupted)
-        for report in reports:
-            teller.tell(report)
+            reports = watcher.look_once(
+                owners, mend, teller.tell, within_s=_ONCE_WITHIN_S, sleep=sleep, interrupted=interrupted
+            )
         return session.result(_code(reports), "", profiles=len(owners))
     watching = watcher.Watcher(
         app,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from orchestrator.app import App
 from orchestrator.drift import Limits, MendReport, Outcome, mend, wait_s
+from orchestrator.errors import KernelError
 from orchestrator.fake import FakeKernel
 from orchestrator.model import Backend, HelperKey, L3Proto, L4Proto, QueueRow
 from orchestrator.ports import ProcessState, Supervised
@@ -293,10 +295,14 @@ def test_what_could_not_be_mended_as_often_is_left_alone_with_the_reason(orch: H
     kernel.dying_programs = {"conntrackd"}
     edit_table(kernel)
     kill_process(kernel)
+    first = look(orch)
+    assert (first.outcome, first.is_partial, first.again_in_s > 0) == (Outcome.MENDED, True, True)
+    assert [change.subject for change in first.changes] == [TABLE]
     while (report := look(orch)).outcome is not Outcome.GIVEN_UP:
         kernel.now += report.again_in_s or 0.1
-    said = f"{TABLE} was to be mended 5 times within 60 s, and is not right (conntrackd ended at once)"
+    said = "conntrackd was to be mended 5 times within 60 s, and is not right (conntrackd ended at once)"
     assert said in report.reason
+    assert TABLE not in report.reason
     assert look(orch).reason == report.reason
     assert orch.status().profiles[0].mending == report.reason
 
@@ -404,6 +410,10 @@ def disturb(kernel: FakeKernel, thing: str) -> None:
     return None
 
 
+def helper_of(thing: str) -> str:
+    return thing.removeprefix("process ").split("/")[0].removesuffix("-us")
+
+
 @settings(max_examples=25, deadline=None)
 @given(fought=st.sets(st.sampled_from(THINGS), min_size=1), others=st.sets(st.sampled_from(THINGS)))
 @pytest.mark.slow
@@ -425,10 +435,75 @@ def test_whatever_is_left_alone_nothing_is_blocked_and_all_else_is_mended(fought
         assert (kernel.deaf(), kernel.dangling()) == ([], [])
         now = orch.status().profiles[0].drift
         assert {line.partition(": ")[0] for line in left} <= {line.partition(": ")[0] for line in now}
-        helpers = {thing.split("/")[0].removeprefix("process ") for thing in fought}
-        if not helpers & {thing.split("/")[0].removeprefix("process ") for thing in others}:
+        if not set(map(helper_of, fought)) & set(map(helper_of, others)):
             assert now == left
         orch.apply(TWO)
+        assert orch.status().is_right
+
+
+@settings(max_examples=25, deadline=None)
+@given(drifted=st.sets(st.sampled_from(THINGS)))
+@pytest.mark.slow
+def test_the_first_parts_can_be_made_right_without_the_others(drifted: set[str]) -> None:
+    kernel = FakeKernel()
+    with tempfile.TemporaryDirectory() as directory:
+        orch = Harness(kernel.system(), Path(directory))
+        orch.apply(TWO)
+        for thing in drifted:
+            disturb(kernel, thing)
+        at, target = owner(orch), both(TWO)[1]
+        with app(orch).reading() as ledger:
+            parts = app(orch).parts(ledger, at, target, frozenset())
+            subjects = {change.subject for change in app(orch).plan(ledger, at, target)[1].changes}
+            assert sorted(subject for part in parts for subject in part) == sorted(subjects)
+            for count in range(len(parts)):
+                others = frozenset().union(*parts[count:])
+                plan = app(orch).plan(ledger, at, target, others)[1]
+                assert {change.subject for change in plan.changes} == subjects - others
+
+
+def refuse(things: set[str]) -> Callable[[str, str], None]:
+    """What the kernel does not do: load the rules, start a process, or change a registration."""
+
+    def on_modify(operation: str, key: str) -> None:
+        name, _, l3proto = key.partition("/")
+        thing = {
+            "load rules": "rules",
+            "start": f"process {key}",
+            "update helper": f"{name.removesuffix('-us')}/{l3proto.partition('/')[0]}",
+        }.get(operation)
+        if thing in things:
+            raise KernelError(operation, key, errno.EINVAL)
+
+    return on_modify
+
+
+@settings(max_examples=50, deadline=None)
+@given(drifted=st.sets(st.sampled_from(THINGS), min_size=1), hopeless=st.sets(st.sampled_from(THINGS)))
+@pytest.mark.slow
+def test_what_fails_keeps_nothing_else_from_being_mended(drifted: set[str], hopeless: set[str]) -> None:
+    kernel = FakeKernel()
+    with tempfile.TemporaryDirectory() as directory:
+        orch = Harness(kernel.system(), Path(directory))
+        orch.apply(TWO)
+        for thing in drifted:
+            disturb(kernel, thing)
+        kernel.on_modify = refuse(hopeless)
+        while (report := look(orch)).again_in_s:
+            kernel.now += report.again_in_s
+        # The registrations of a dead process are disabled, so a new one cannot do without them.
+        parts = {
+            thing: {thing, *(part for part in THINGS if thing == f"process {helper_of(part)}")} for thing in THINGS
+        }
+        left = {thing for thing in drifted if parts[thing] & hopeless}
+        assert report.outcome is (Outcome.FAILED if left else Outcome.MENDED)
+        assert (kernel.deaf(), kernel.dangling()) == ([], [])
+        names = {helper_of(line.partition(": ")[0]) for line in orch.status().profiles[0].drift}
+        assert names - {TABLE} <= {helper_of(thing) for thing in left}
+        assert TABLE not in names or "rules" in left or any(thing.startswith("process") for thing in left)
+        kernel.on_modify = None
+        kernel.now += LIMITS.within_s
+        assert look(orch).outcome is (Outcome.MENDED if left else Outcome.RIGHT)
         assert orch.status().is_right
 
 
