@@ -38,6 +38,9 @@ INTERVAL_S = 30.0
 _START_SOON_S = 0.02  # to start a child takes long enough for other changes to come
 
 _BUSY_S = 0.25  # between two looks at the lock, while an orch is at work
+RESTS = 4
+"""Others may change a table of iptables all the time: to look because of that takes a fifth of the time at most."""
+
 _GLANCES_MAX = 20  # between two looks, as long as nothing changes
 _OK, _FAILED, _DIFFERS = 0, 1, 2  # how a look ends; what failed in order has been said
 _ENDED = 128 + signal.SIGTERM
@@ -71,7 +74,11 @@ class Commit(NamedTuple):
 
     def touches(self, profile: str) -> bool:
         """Whether it may have touched the rules of a profile: those of nftables, or the table raw of iptables-nft."""
-        return self.is_lost or not self.tables.isdisjoint((f"orch-{profile}", "raw"))
+        return self.is_certain(profile) or "raw" in self.tables
+
+    def is_certain(self, profile: str) -> bool:
+        """Whether that is more than a guess: the table raw is everybody's."""
+        return self.is_lost or f"orch-{profile}" in self.tables
 
 
 class CommitReader:
@@ -174,7 +181,9 @@ class Reconciler:
         self._commits: Commits | None = None
         self._timer: Timer | None = None
         self._looking = 0  # the pid of a look under way
-        self._is_wanted_again = False
+        self._began = self._rested = 0.0  # when the last look began, and until when there is none for a guess
+        self._is_wanted_again = self._is_urgent = False
+        self._told: set[str] = set()
         self._patience = 1  # glances until the next look, as long as they find nothing new
         self._glances = 0
         self._known: bytes | None = None
@@ -213,9 +222,11 @@ class Reconciler:
     def _rules_changed(self) -> None:
         for commit in self._commits.read() if self._commits else ():
             if commit.touches(self._profile) and not is_by_holder(commit, self._state_dir):
-                who = "somebody" if commit.is_lost else f"{commit.program} (pid {commit.pid})"
-                self._supervisor.say(f"{who} changed rules", _WARNING)
-                self._soon()
+                if commit.program not in self._told:
+                    who = "somebody" if commit.is_lost else f"{commit.program} (pid {commit.pid})"
+                    self._supervisor.say(f"{who} changed rules", _WARNING)
+                    self._told.add(commit.program)
+                self._soon(is_urgent=commit.is_certain(self._profile))
 
     def _state_changed(self) -> None:
         self._pass_on()
@@ -226,11 +237,12 @@ class Reconciler:
         if self._given_up > before:
             self._soon()
 
-    def _soon(self) -> None:
+    def _soon(self, *, is_urgent: bool = True) -> None:
+        self._is_urgent |= is_urgent
         if self._looking:
             self._is_wanted_again = True
         elif self._commits is not None:
-            self._look_in(_START_SOON_S)
+            self._look_in(_START_SOON_S if self._is_urgent else max(_START_SOON_S, self._rested - time.monotonic()))
 
     def _look_in(self, seconds: float) -> None:
         """One that is due sooner is not put off: whoever goes on changing rules would keep us from looking."""
@@ -266,7 +278,9 @@ class Reconciler:
             if not is_free:
                 self._look_in(_BUSY_S)
                 return
-        self._is_wanted_again = False
+        self._is_wanted_again = self._is_urgent = False
+        self._told.clear()
+        self._began = time.monotonic()
         self._glances = 0
         self._before = self._seen()
         quiet = ("--news",) if self._has_looked else ()
@@ -279,6 +293,7 @@ class Reconciler:
 
     def _looked(self, exit_code: int) -> None:
         self._looking, self._has_looked = 0, True
+        self._rested = time.monotonic() + RESTS * (time.monotonic() - self._began)
         if exit_code not in (_OK, _FAILED, _DIFFERS, _ENDED):
             self._supervisor.say(f"looking for drift ended with {exit_code}", _WARNING)
         now = self._seen()
@@ -287,7 +302,7 @@ class Reconciler:
         if self._commits is None:
             return
         if self._is_wanted_again:
-            self._look_in(_START_SOON_S)
+            self._soon(is_urgent=False)
         else:
             self._glance_in(INTERVAL_S)
 

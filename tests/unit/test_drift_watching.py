@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -215,6 +216,35 @@ def test_who_goes_on_changing_rules_does_not_put_off_a_look(runtime_dir: str) ->
         Path(watching.FILE).unlink()
         reconciler._toggle()
         assert supervisor.said[-1] == "drift is not mended any more"
+
+
+@root
+@pytest.mark.slow
+def test_a_table_that_others_change_all_the_time_costs_a_fifth_of_it(runtime_dir: str) -> None:
+    supervisor = Supervisor()
+    children = Sleepers(supervisor, {})
+    with scratch():
+        reconciler = Reconciler(supervisor, children, profile="ftp", state_dir=runtime_dir)
+        reconciler._look()
+        reconciler._began -= 10
+        nft("add table ip raw")
+        reconciler._rules_changed()
+        os.kill(children.pid, signal.SIGKILL)
+        supervisor.on_reaped(children.pid, os.waitstatus_to_exitcode(os.waitpid(children.pid, 0)[1]))
+        timer, now = reconciler._timer, time.monotonic()
+        assert timer is not None
+        assert 30 < timer.deadline - now < 60
+        said = len(supervisor.said)
+        for _ in range(2):
+            nft("add chain ip raw c; delete chain ip raw c")
+            reconciler._rules_changed()
+        assert (reconciler._timer, supervisor.said[said:]) == (timer, []), "said once for each look"
+        nft("add table inet orch-ftp")
+        reconciler._rules_changed()
+        assert reconciler._timer is not None
+        assert reconciler._timer.deadline - now < 10, "our own table does not wait"
+        Path(watching.FILE).unlink()
+        reconciler._toggle()
 
 
 class Sleepers(Errands):
