@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from orchestrator.app import boot_id
 from orchestrator.journal import Ledger
 from orchestrator.serial import to_json
 from orchestrator.state import Pending
+from orchestrator.supervise.traces import born, is_stopped
 
 
 def ledger_of(state: Path) -> Ledger:
@@ -41,3 +46,31 @@ def wait_for(condition: Callable[[], bool], within_s: float = 60) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def watchdogs(state: Path) -> set[int]:
+    """Those that undo what is not confirmed, and those behind them."""
+    wanted = ["-m", "orchestrator.watchdog", str(state)]
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (entry / "cmdline").read_text().rstrip("\0").split("\0")[-3:] == wanted:
+                found.add(int(entry.name))
+    return found
+
+
+def _is_still(pids: Set[int]) -> bool:
+    return all(is_stopped(pid) or not born(pid) for pid in pids)
+
+
+def kill_watchdogs(state: Path) -> None:
+    """All at once: one that is stopped starts no other."""
+    stopped: set[int] = set()
+    while new := watchdogs(state) - stopped:
+        for pid in new:
+            os.kill(pid, signal.SIGSTOP)
+        stopped |= new
+        wait_for(partial(_is_still, frozenset(stopped)))
+    for pid in stopped:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

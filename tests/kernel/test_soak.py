@@ -26,8 +26,9 @@ from orchestrator.model import Status
 from orchestrator.reports import Report
 from orchestrator.supervise.launcher import LocalProcesses
 from tests.hosts import Harness
-from tests.kernel.conftest import REPORTS, clean_orch, snapshot
+from tests.kernel.conftest import REPORTS, clean_orch, cli_here, snapshot
 from tests.kernel.native import FTP_PORT, TFTP_PORT, until
+from tests.trials import kill_watchdogs, pass_time, waiting
 
 SECONDS = float(os.environ.get("ORCH_SOAK_S", "0"))
 SEED = int(os.environ.get("ORCH_SOAK_SEED", "0")) or random.SystemRandom().getrandbits(32)
@@ -76,7 +77,7 @@ class Soak:
         actions = {
             self.update: 6, self.again: 1, self.remove: 1, self.share: 2, self.part: 2,
             self.kill_helper: 3, self.stop_helper: 1, self.kill_supervisor: 2,
-            self.kill_apply: 3, self.kill_teardown: 1,
+            self.kill_apply: 3, self.kill_teardown: 1, self.try_out: 3,
             self.flush: 2, self.delete_table: 1, self.disable: 1,
         }  # fmt: skip
         (action,) = self.random.choices(list(actions), list(actions.values()))
@@ -123,12 +124,35 @@ class Soak:
             f"policies: {{ftp: {{expect_max: {pick([1, 4, 8])}}}}}, process: {process}}}\n"
         )
         tftp = f"  tftp: {{queueing: {queueing}, attach: [{{path: incoming, ports: {TFTP_PORT}}}]}}\n"
-        return f"profile: soak\nbackend: {backend}\nhelpers:\n{ftp}{pick([tftp, ''])}"
+        reconcile = pick(["true", "false"])
+        return f"profile: soak\nbackend: {backend}\nreconcile: {reconcile}\nhelpers:\n{ftp}{pick([tftp, ''])}"
 
     def _apply(self) -> None:
         self.text = self.text or self._variant()
         self.orch.apply(self.text, ROUTER)
         self.is_applied = True
+
+    def try_out(self) -> None:
+        """An apply that has to be confirmed: it is, or it is undone by whoever is there."""
+        text, state = self._variant(), self.orch.state_dir
+        profile = state.parent / "tried.yaml"
+        profile.write_text(text)
+        argv = ("apply", str(profile), "--netns", ROUTER, "--yes", "--confirm-within", "3600")
+        assert cli_here(*argv, state=state).returncode == 0
+        fate = self.random.choice(["confirm", "rollback", "overdue", "unwatched"])
+        if not waiting(state):  # only drift was mended, and that is on no trial
+            fate = "confirm"
+        elif fate in ("confirm", "rollback"):
+            assert cli_here(fate, "soak", "--netns", ROUTER, state=state).returncode == 0
+        else:
+            if fate == "unwatched":
+                kill_watchdogs(state)
+            pass_time(state)
+            if fate == "overdue":
+                until(lambda: not waiting(state), "it is undone")
+        self.done[f"try_out: {fate}"] += 1
+        if fate == "confirm":
+            self.text, self.is_applied = text, True
 
     # -- what happens to processes ------------------------------------------------------------------------------------
 

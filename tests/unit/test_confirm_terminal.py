@@ -13,18 +13,16 @@ import subprocess
 import sys
 import termios
 import uuid
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from orchestrator import watchdog
 from orchestrator.session import ExitCode
-from orchestrator.supervise.traces import born, is_stopped
 from tests.stages import Stage
-from tests.trials import is_watched, ledger_of, pass_time, wait_for, waiting
+from tests.trials import is_watched, kill_watchdogs, ledger_of, pass_time, wait_for, waiting, watchdogs
 
 _PATH = "/usr/sbin:/sbin:/usr/bin:/bin"
 pytestmark = [
@@ -333,33 +331,6 @@ def test_a_watchdog_cannot_be_talked_out_of_it(host: Host) -> None:
     assert host.rules() == before
 
 
-def watchdogs(state: Path) -> set[int]:
-    wanted = ["-m", "orchestrator.watchdog", str(state)]
-    found = set()
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if (entry / "cmdline").read_text().rstrip("\0").split("\0")[-3:] == wanted:
-                found.add(int(entry.name))
-    return found
-
-
-def is_still(pids: Set[int]) -> bool:
-    return all(is_stopped(pid) or not born(pid) for pid in pids)
-
-
-def kill_all(state: Path) -> None:
-    """All at once: one that is stopped starts no other."""
-    stopped: set[int] = set()
-    while new := watchdogs(state) - stopped:
-        for pid in new:
-            os.kill(pid, signal.SIGSTOP)
-        stopped |= new
-        wait_for(partial(is_still, frozenset(stopped)))
-    for pid in stopped:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
 def replace_watchdog(host: Host) -> None:
     """Those behind it are killed, and missed; then it is killed itself, and another one is at work."""
     first = host.watchdog()
@@ -390,14 +361,14 @@ def is_waiting(pids: set[int]) -> bool:
 def test_where_all_watchdogs_were_killed_the_next_command_undoes_it_or_starts_one(host: Host) -> None:
     before = host.rules()
     assert host.try_out().returncode == 0
-    kill_all(host.state)
+    kill_watchdogs(host.state)
     wait_for(lambda: not is_watched(host.state))
     status = host.orch("status")
     assert (status.returncode, "nobody is there who would undo it" in status.stdout) == (ExitCode.DIFFERS, True)
     refused = host.orch("apply", host.first)
     assert (refused.returncode, "waits for its confirmation" in refused.stderr) == (ExitCode.FAILED, True)
     assert is_watched(host.state)
-    kill_all(host.state)
+    kill_watchdogs(host.state)
     pass_time(host.state)
     assert "not confirmed in time" in host.orch("status").stdout
     done = host.orch("apply", host.first)
