@@ -158,10 +158,14 @@ def descendants() -> Iterator[int]:
         ours |= found
 
 
+def run_time_ns(pid: int) -> int:
+    """CPU of a live process with one thread; raises OSError if it ended. Source: the first number of schedstat."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0])
+
+
 def _run_time_s(pid: int) -> float:
-    """CPU of a live process with one thread. Source: the first number of schedstat, in ns."""
     try:
-        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
+        return run_time_ns(pid) / 1e9
     except (FileNotFoundError, ProcessLookupError):
         return 0.0
 

@@ -21,21 +21,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench import load
+from bench.control import ORCH, RESULTS, run_time_ns
 from bench.load import WORKLOADS, Timing, Workload
 from lab import topology
-from lab.layout import CACHE, REPOSITORY, Kernel, LabError
-from lab.topology import CLIENT, ROUTER, ROUTER_FILTER, SERVER, SERVER_IP
+from lab.layout import Kernel, LabError
+from lab.topology import CLIENT, CLIENT_IP, ROUTER, ROUTER_FILTER, SERVER, SERVER_IP
 from lab.vm import Machine, boot
 from orchestrator.kernel import netns
 from orchestrator.kernel.procfs import parse_queues
 
-RESULTS = CACHE / "bench"
-ORCH = str(REPOSITORY / ".venv/bin/orch")
 CONNECTIONS = (1, 8, 64)
 TRANSACTIONS = 2000
 WARM_UP_EACH = 4
 GUEST_TIMEOUT_S = 5400
-CLIENT_IP = "10.66.1.2"
 HELPERS = ("ftp", "tftp")
 _CONNTRACKD_PRIORITY = 99  # what it gives itself unless its configuration says otherwise
 
@@ -138,7 +136,7 @@ def measured(engine: Engine, order: Order) -> Iterator[Row | Start]:
             profile.write_text(profile_text(engine))
             topology.run(order.orch, "apply", str(profile), *where)
         processes = _processes(topology.run(order.orch, "status", "--json", *where).stdout) if engine.options else {}
-        ready_cpu_ms = {helper: _run_time_ns(process.pid) / 1e6 for helper, process in processes.items()}
+        ready_cpu_ms = {helper: _run_time_ns(process) / 1e6 for helper, process in processes.items()}
         for process in processes.values():
             if process.pid and engine.priority:
                 os.sched_setscheduler(process.pid, os.SCHED_RR, os.sched_param(engine.priority))
@@ -202,6 +200,11 @@ def _fault(*, expected: int, made: int, lost: int) -> str:
     return "" if made == expected else f"{made} expectations, not {expected}"
 
 
+def _run_time_ns(process: HelperProcess) -> int:
+    """CPU of a helper process; 0 where there is none."""
+    return run_time_ns(process.pid) if process.pid else 0
+
+
 def _counters(process: HelperProcess) -> Counters:
     with netns.entered(netns.find(ROUTER)):
         queues = Path("/proc/thread-self/net/netfilter/nfnetlink_queue")
@@ -212,7 +215,7 @@ def _counters(process: HelperProcess) -> Counters:
         packets=sum(row.seen for row in ours),
         lost=sum(row.queue_dropped + row.user_dropped for row in ours),
         expectations=summed(statistics, "expect_create"),
-        run_time_ns=_run_time_ns(process.pid),
+        run_time_ns=_run_time_ns(process),
     )
 
 
@@ -221,11 +224,6 @@ def summed(table: str, name: str) -> int:
     head, *lines = (line.split() for line in table.splitlines())
     place = head.index(name)
     return sum(int(line[place], 16) for line in lines)
-
-
-def _run_time_ns(pid: int) -> int:
-    """CPU of a process with one thread; 0 if there is none. Source: the first number of schedstat."""
-    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) if pid else 0
 
 
 def _resident_mib(pid: int) -> float:

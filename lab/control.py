@@ -7,16 +7,12 @@ import socket
 from collections.abc import Iterator
 
 from lab.dialogue import SCRIPTS, Ftp, announced
+from lab.ends import ADDRESSES, FTP_PORT, WITHIN_S, listening, opened
 from lab.nat import Nat
-from lab.topology import CLIENT, CLIENT_IP, CLIENT_IP6, SERVER, SERVER_IP, SERVER_IP6
-from orchestrator.kernel.netns import entered, find
+from lab.topology import CLIENT, SERVER
 
-FTP_PORT = 2121
 MODES = {False: ("PORT", "PASV", "EPRT", "EPSV"), True: ("EPRT", "EPSV")}
 """Ways to announce a data connection, by whether it is IPv6."""
-
-_WITHIN_S = 20.0
-_ADDRESSES = {CLIENT: (CLIENT_IP, CLIENT_IP6), SERVER: (SERVER_IP, SERVER_IP6)}
 
 
 class Control:
@@ -30,7 +26,7 @@ class Control:
             self.client.connect((nat.server(ip6=ip6), port))
             self.server = listener.accept()[0]
         for end in (self.client, self.server):
-            end.settimeout(_WITHIN_S)
+            end.settimeout(WITHIN_S)
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def close(self) -> None:
@@ -71,7 +67,7 @@ class Control:
 
     def announcement(self, mode: str, port: int, *, is_padded: bool = False) -> str:
         """The line that announces a port of the end that `announcer` names; padded, IPv4 numbers have leading zeros."""
-        address = _ADDRESSES[self.announcer(mode)][self._ip6]
+        address = ADDRESSES[self.announcer(mode)][self._ip6]
         numbers = () if self._ip6 else (*map(int, address.split(".")), *divmod(port, 256))
         commas = ",".join(f"{number:03}" if is_padded else str(number) for number in numbers)
         return _script(mode).form.format(commas=commas, address=address, family=2 if self._ip6 else 1, port=port)
@@ -116,27 +112,3 @@ def _script(mode: str) -> Ftp:
 def control(*, ip6: bool = False, nat: Nat = Nat.NONE, port: int = FTP_PORT) -> Iterator[Control]:
     with contextlib.closing(Control(ip6=ip6, nat=nat, port=port)) as made:
         yield made
-
-
-def listening(netns: str, port: int, *, ip6: bool = False) -> socket.socket:
-    """A TCP server at the address of a host."""
-    with entered(find(netns)):
-        listener = socket.create_server((_ADDRESSES[netns][ip6], port), family=_family(ip6=ip6))
-    listener.settimeout(_WITHIN_S)
-    return listener
-
-
-def opened(
-    netns: str, kind: socket.SocketKind = socket.SOCK_STREAM, *, ip6: bool = False, port: int = 0
-) -> socket.socket:
-    """A socket of a host; with a port it is bound to that."""
-    with entered(find(netns)):
-        made = socket.socket(_family(ip6=ip6), kind)
-    made.settimeout(_WITHIN_S)
-    if port:
-        made.bind((_ADDRESSES[netns][ip6], port))
-    return made
-
-
-def _family(*, ip6: bool) -> socket.AddressFamily:
-    return socket.AF_INET6 if ip6 else socket.AF_INET

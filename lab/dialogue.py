@@ -11,17 +11,13 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from lab.ends import ADDRESSES, FTP_PORT, TFTP_PORT, listening, opened
 from lab.nat import Nat
-from lab.topology import CLIENT, CLIENT_IP, CLIENT_IP6, SERVER, SERVER_IP, SERVER_IP6
-from orchestrator.kernel.netns import entered, find
+from lab.topology import CLIENT, SERVER
 from orchestrator.verify.expectations import Events, Expectation
-
-FTP_PORT, TFTP_PORT = 2121, 1069
-"""Where the scripted servers listen; real ones may run beside them."""
 
 _ANSWER_WITHIN_S = 5.0
 _DATA_WITHIN_S = 2.0  # a filter that drops what nobody expects answers nothing
-_ADDRESSES = {CLIENT: (CLIENT_IP, CLIENT_IP6), SERVER: (SERVER_IP, SERVER_IP6)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,28 +94,16 @@ class Session:
             return self._request(self.what, events, sockets)
 
     def listen(self, netns: str, port: int) -> socket.socket:
-        with entered(find(netns)):
-            listener = socket.create_server((_ADDRESSES[netns][self.ip6], port), family=self._family)
-        listener.settimeout(_ANSWER_WITHIN_S)
-        return listener
+        return listening(netns, port, ip6=self.ip6, within_s=_ANSWER_WITHIN_S)
 
-    def open(self, netns: str, kind: socket.SocketKind) -> socket.socket:
-        with entered(find(netns)):
-            made = socket.socket(self._family, kind)
-        made.settimeout(_ANSWER_WITHIN_S)
-        return made
-
-    @property
-    def _family(self) -> socket.AddressFamily:
-        return socket.AF_INET6 if self.ip6 else socket.AF_INET
+    def open(self, netns: str, kind: socket.SocketKind, port: int = 0) -> socket.socket:
+        return opened(netns, kind, ip6=self.ip6, port=port, within_s=_ANSWER_WITHIN_S)
 
     def _request(self, script: Tftp, events: Events, sockets: contextlib.ExitStack) -> Seen:
         client, server, transfer = (
-            sockets.enter_context(self.open(netns, socket.SOCK_DGRAM)) for netns in (CLIENT, SERVER, SERVER)
+            sockets.enter_context(self.open(netns, socket.SOCK_DGRAM, port))
+            for netns, port in ((CLIENT, self.port), (SERVER, TFTP_PORT), (SERVER, self.port))
         )
-        client.bind((_ADDRESSES[CLIENT][self.ip6], self.port))
-        server.bind((_ADDRESSES[SERVER][self.ip6], TFTP_PORT))
-        transfer.bind((_ADDRESSES[SERVER][self.ip6], self.port))
         client.sendto(script.request, (self.nat.server(ip6=self.ip6), TFTP_PORT))
         try:
             request, asker = server.recvfrom(1500)
@@ -203,7 +187,7 @@ class _Control:
         return self._client, self._server
 
     def _announcement(self) -> str:
-        ip, ip6 = _ADDRESSES[self._script.announcer]
+        ip, ip6 = ADDRESSES[self._script.announcer]
         port = self._session.port
         commas = ",".join((*ip.split("."), *map(str, divmod(port, 256))))
         address, family = (ip6, 2) if self._session.ip6 else (ip, 1)

@@ -19,6 +19,7 @@ from lab.topology import (
     SERVER,
     daemon,
     inside,
+    offered,
     run,
     vsftpd_config,
     wait_listening,
@@ -146,20 +147,9 @@ def url_host(host: str) -> str:
 @contextlib.contextmanager
 def more_servers() -> Iterator[None]:
     """pyftpdlib, proftpd, a vsftpd that wants TLS, and atftpd, on the server."""
-    with tempfile.TemporaryDirectory(prefix="orch-software-") as name, contextlib.ExitStack() as stack:
-        directory = Path(name)
-        directory.chmod(0o755)
-        public, incoming, empty = directory / "public", directory / "public/incoming", directory / "empty"
-        for path in (public, incoming, empty):
-            path.mkdir()
-        incoming.chmod(0o777)
-        (public / "file").write_text(CONTENT)
-        for argv in (
-            _pyftpdlib(public),
-            _proftpd(directory, public),
-            _vsftpd_with_tls(directory, public, empty),
-            _atftpd(public),
-        ):
+    with offered() as directory, contextlib.ExitStack() as stack:
+        public = directory / "public"
+        for argv in (_pyftpdlib(public), _proftpd(directory, public), _vsftpd_with_tls(directory), _atftpd(public)):
             stack.enter_context(daemon(SERVER, *argv))
         for port in (*FTP_SERVERS.values(), TLS_PORT):
             wait_listening(SERVER, "tcp6", port)
@@ -203,14 +193,14 @@ def _proftpd(directory: Path, public: Path) -> Argv:
     return ("proftpd", "--nodaemon", "--quiet", "--config", str(config))
 
 
-def _vsftpd_with_tls(directory: Path, public: Path, empty: Path) -> Argv:
+def _vsftpd_with_tls(directory: Path) -> Argv:
     key, certificate, config = (directory / name for name in ("key.pem", "certificate.pem", "vsftpd-tls.conf"))
     subject = ("-subj", "/CN=lab", "-days", "2")
     new_key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-noenc", "-keyout", str(key))
     run("openssl", "req", "-x509", *new_key, *subject, "-out", str(certificate))
     first, _, last = TLS_DATA_PORTS.partition("-")
     config.write_text(
-        vsftpd_config(public, empty)
+        vsftpd_config(directory)
         + "\n".join(
             (
                 f"listen_port={TLS_PORT}",

@@ -10,8 +10,7 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import nftables
@@ -155,36 +154,36 @@ def nft(netns: str, commands: str) -> str:
     return str(output)
 
 
-@dataclass(frozen=True, slots=True)
-class Servers:
-    """What the server offers: a file under the same name by FTP and by TFTP."""
-
-    directory: Path
+@contextlib.contextmanager
+def servers() -> Iterator[None]:
+    """vsftpd and tftpd-hpa, both families, in the foreground and out of everybody's way: one file, by FTP and TFTP."""
+    with offered() as directory, contextlib.ExitStack() as stack:
+        public = directory / "public"
+        config = directory / "vsftpd.conf"
+        config.write_text(vsftpd_config(directory))
+        stack.enter_context(daemon(SERVER, "vsftpd", str(config)))
+        tftpd = ("in.tftpd", "-L", "-c", "-u", "nobody", "-a", ":69", "-s", str(public))
+        stack.enter_context(daemon(SERVER, *tftpd))
+        wait_listening(SERVER, "tcp6", 21)
+        wait_listening(SERVER, "udp6", 69)
+        yield
 
 
 @contextlib.contextmanager
-def servers(netns: str = SERVER) -> Iterator[Servers]:
-    """vsftpd and tftpd-hpa, both families, in the foreground and out of everybody's way."""
-    with tempfile.TemporaryDirectory(prefix="orch-servers-") as name, contextlib.ExitStack() as stack:
+def offered() -> Iterator[Path]:
+    """A directory with what servers offer in `public`, a place for uploads in `public/incoming`, and `empty`."""
+    with tempfile.TemporaryDirectory(prefix="orch-servers-") as name:
         directory = Path(name)
         directory.chmod(0o755)
-        public, empty = directory / "public", directory / "empty"
-        for path in (public, public / "incoming", empty):
-            path.mkdir()
-        (public / "incoming").chmod(0o777)
-        (public / "file").write_text(CONTENT)
-        config = directory / "vsftpd.conf"
-        config.write_text(vsftpd_config(public, empty))
-        stack.enter_context(daemon(netns, "vsftpd", str(config)))
-        tftpd = ("in.tftpd", "-L", "-c", "-u", "nobody", "-a", ":69", "-s", str(public))
-        stack.enter_context(daemon(netns, *tftpd))
-        wait_listening(netns, "tcp6", 21)
-        wait_listening(netns, "udp6", 69)
-        yield Servers(public)
+        for path in ("public", "public/incoming", "empty"):
+            (directory / path).mkdir()
+        (directory / "public/incoming").chmod(0o777)
+        (directory / "public/file").write_text(CONTENT)
+        yield directory
 
 
-def vsftpd_config(public: Path, empty: Path) -> str:
-    """Anonymous access to a directory, without a user of its own and without a sandbox that new kernels break."""
+def vsftpd_config(directory: Path) -> str:
+    """Anonymous access to what is offered, without a user of its own and without a sandbox that new kernels break."""
     return "\n".join(
         (
             "listen=NO",
@@ -194,8 +193,8 @@ def vsftpd_config(public: Path, empty: Path) -> str:
             "no_anon_password=YES",
             "ftp_username=daemon",  # vsftpd wants a home that exists before it goes to anon_root
             "nopriv_user=nobody",
-            f"anon_root={public}",
-            f"secure_chroot_dir={empty}",
+            f"anon_root={directory}/public",
+            f"secure_chroot_dir={directory}/empty",
             "seccomp_sandbox=NO",  # its filter kills it on new kernels
             "connect_from_port_20=YES",
             "xferlog_enable=NO",
@@ -223,13 +222,22 @@ def daemon(netns: str, *argv: str) -> Iterator[None]:
 def wait_listening(netns: str, table: str, port: int) -> None:
     """Wait until somebody listens (tcp) or is bound (udp); 0A is TCP_LISTEN, 07 an unconnected UDP socket."""
     state = "0A" if table.startswith("tcp") else "07"
+    _wait_for_row(
+        netns,
+        table,
+        lambda row: row[1].endswith(f":{port:04X}") and row[3] == state,
+        f"nobody listens on {table} port {port}",
+    )
+
+
+def _wait_for_row(netns: str, table: str, fits: Callable[[list[str]], bool], otherwise: str) -> None:
+    """Wait for a row, by its columns, in a file of /proc/net. Raises RuntimeError with what is so without it."""
     deadline = time.monotonic() + _READY_WITHIN_S
     while time.monotonic() < deadline:
-        rows = proc_net(netns, table)
-        if any(row.split()[1].endswith(f":{port:04X}") and row.split()[3] == state for row in rows):
+        if any(fits(row.split()) for row in proc_net(netns, table)):
             return
         time.sleep(_POLL_S)
-    raise RuntimeError(f"nobody listens on {table} port {port} in {netns} after {_READY_WITHIN_S:g} s")
+    raise RuntimeError(f"{otherwise} in {netns} after {_READY_WITHIN_S:g} s")
 
 
 def ftp(
@@ -278,10 +286,9 @@ def expectation_events(netns: str) -> Iterator[list[str]]:
 
 def _wait_subscribed(netns: str) -> None:
     """Wait until a netfilter netlink socket of the namespace listens to the groups of expectation events (4, 5, 6)."""
-    deadline = time.monotonic() + _READY_WITHIN_S
-    while time.monotonic() < deadline:
-        rows = (row.split() for row in proc_net(netns, "netlink"))
-        if any(row[1] == "12" and int(row[3], 16) & 0b111000 for row in rows):
-            return
-        time.sleep(_POLL_S)
-    raise RuntimeError("conntrack -E expect does not listen")
+    _wait_for_row(
+        netns,
+        "netlink",
+        lambda row: row[1] == "12" and bool(int(row[3], 16) & 0b111000),
+        "conntrack -E expect does not listen",
+    )

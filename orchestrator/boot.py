@@ -221,16 +221,26 @@ def _said(netns_path: str | None) -> str:
 
 def _write(texts: Mapping[Path, str | None]) -> None:
     """Raises OrchError."""
-    try:
-        for path, text in texts.items():
+    for path, text in texts.items():
+        try:
             if text is None:
                 path.unlink(missing_ok=True)
-                continue
-            new = path.with_name(f".{path.name}.new")
-            new.write_text(text)
-            new.replace(path)
-    except OSError as error:
-        raise OrchError(f"cannot write {error.filename}: {error.strerror}", hint="run as root") from error
+            else:
+                _write_whole(path, text)
+        except OSError as error:
+            hint = "run as root" if isinstance(error, PermissionError) else ""
+            raise OrchError(f"cannot write {path}: {error.strerror}", hint=hint) from error
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """All of it, or nothing: nobody sees half a file. Raises OSError."""
+    new = path.with_name(f".{path.name}.new")
+    try:
+        new.write_text(text)
+        new.replace(path)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
 
 
 def _take_back(before: Mapping[Path, str | None]) -> None:

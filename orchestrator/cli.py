@@ -439,14 +439,20 @@ def run(argv: list[str]) -> int:
     except OrchError as error:
         return _fail(argv, error, ExitCode.FAILED)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return ExitCode.OK
+    except SystemExit as error:
+        if not isinstance(error.__context__, BrokenPipeError):  # one with an errno ends Typer with 1
+            raise
         return ExitCode.OK
     except OSError as error:
-        reason = error.strerror or str(error)
-        return _fail(argv, OrchError(reason, where=str(error.filename or ""), cause="from the system"), ExitCode.FAILED)
+        return _fail(argv, _system_error(error), ExitCode.FAILED)
     except (KeyboardInterrupt, typer.Abort):
         return 128 + signal.SIGINT
     return int(result or 0)
+
+
+def _system_error(error: OSError) -> OrchError:
+    return OrchError(error.strerror or str(error), where=str(error.filename or ""), cause="from the system")
 
 
 def _prepare_completion() -> None:
@@ -459,8 +465,9 @@ def _prepare_completion() -> None:
 def _usage(argv: list[str], error: Exception) -> int:
     context = getattr(error, "ctx", None)
     message = str(getattr(error, "format_message", lambda: str(error))())
-    if not message:
-        return ExitCode.USAGE  # the help was shown instead
+    if not message or (context and message == context.get_help()):  # no command at all: older Typers show it themselves
+        sys.stderr.write(f"{message}\n" if message else "")
+        return ExitCode.USAGE
     return _fail(argv, UsageError(message), ExitCode.USAGE, usage=context.get_usage() + "\n" if context else "")
 
 
@@ -500,6 +507,9 @@ def main() -> None:
     code = run(sys.argv[1:])
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if code != ExitCode.FAILED and not isinstance(error, BrokenPipeError):
+            told = _fail(sys.argv[1:], _system_error(error), ExitCode.FAILED)
+            code = code or told
     sys.exit(code)

@@ -6,8 +6,9 @@ lately is in the ledger.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -22,6 +23,7 @@ from orchestrator.state import Applied, Change, Held, Mending, Owner, Plan, Repa
 _PAUSE_S = 0.5
 _AGAIN_S = 0.5
 _TRIAL_AGAIN_S = 5.0
+_GIVE_WAY_S = 0.1  # without the lock, which others try to get more often than that
 _AT_WORK = (ProcessState.STARTING, ProcessState.BACKOFF, ProcessState.STOPPING)
 
 
@@ -52,7 +54,8 @@ class Outcome(StrEnum):
 class MendReport:
     """What became of one profile. `reason` is why it is not mended; `is_news` is false for what was said before.
 
-    `again_in_s` is when to look again, 0 for at leisure. With `is_partial` not all that has drifted was mended.
+    `again_in_s` is when to look again, 0 for at leisure. With `is_partial` not all that has drifted was mended, and
+    `changes` are what was; `reason` says why if something else was tried, and failed.
     """
 
     owner: Owner
@@ -86,8 +89,9 @@ def mend(app: App, owner: Owner, limits: Limits, *, is_dry_run: bool = False) ->
             report = _first_look(app, ledger, owner, is_dry_run=is_dry_run)
         if report is not None:
             return report
-        with app.settled(f"watch {owner.profile}") as ledger:
-            return _mend(app, ledger, owner, limits)
+        with app.settled(_command(owner), renewed=owner) as ledger:
+            begun = _mend(app, ledger, owner, limits)
+        return begun.go_on() if isinstance(begun, _Attempt) else begun
     except Interrupted:
         raise
     except RefusedError as error:  # another orch is at work for longer than we waited
@@ -105,10 +109,11 @@ def _first_look(app: App, ledger: Ledger, owner: Owner, *, is_dry_run: bool) -> 
     mending, now_s = ledger.mending(owner), app.system.clock.monotonic()
     is_right = _is_right(plan)
     if is_dry_run:
-        return MendReport(owner, Outcome.RIGHT if is_right else Outcome.DIFFERS, plan.changes, _refused(plan))
+        outcome = Outcome.RIGHT if is_right and not plan.waiting else Outcome.DIFFERS
+        return MendReport(owner, outcome, plan.changes, "; ".join(filter(None, (_refused(plan), *plan.waiting))))
     is_to_settle = bool(mending.failure or ledger.unsettled())
     if is_right:
-        return None if is_to_settle else MendReport(owner, Outcome.RIGHT)
+        return None if is_to_settle else _right(owner, plan)
     if _is_on_trial(ledger, owner):
         reason = "it has to be confirmed first"
         return MendReport(owner, Outcome.WAITING, plan.changes, reason, again_in_s=_TRIAL_AGAIN_S)
@@ -117,6 +122,11 @@ def _first_look(app: App, ledger: Ledger, owner: Owner, *, is_dry_run: bool) -> 
         return None if is_to_settle else _left_alone(owner, plan, mending, now_s)
     at_work = _at_work(app, applied, rest)
     return MendReport(owner, Outcome.WAITING, plan.changes, at_work, again_in_s=_AGAIN_S) if at_work else None
+
+
+def _right(owner: Owner, plan: Plan) -> MendReport:
+    """There is nothing to do, but perhaps for others."""
+    return MendReport(owner, Outcome.WAITING if plan.waiting else Outcome.RIGHT, reason="; ".join(plan.waiting))
 
 
 def _is_right(plan: Plan) -> bool:
@@ -149,7 +159,12 @@ def _at_work(app: App, applied: Applied, plan: Plan) -> str:
     return next((f"{one.name} is {one.state}: {one.reason}".rstrip(": ") for one in told if one.state in _AT_WORK), "")
 
 
-def _mend(app: App, ledger: Ledger, owner: Owner, limits: Limits) -> MendReport:
+def _command(owner: Owner) -> str:
+    return f"watch {owner.profile}"
+
+
+def _mend(app: App, ledger: Ledger, owner: Owner, limits: Limits) -> MendReport | _Attempt:
+    """What became of it, or what is to be gone on with, in parts."""
     applied = ledger.find(owner)
     if applied is None or _is_on_trial(ledger, owner):
         return MendReport(owner, Outcome.RIGHT)
@@ -157,8 +172,10 @@ def _mend(app: App, ledger: Ledger, owner: Owner, limits: Limits) -> MendReport:
     now_s = app.system.clock.monotonic()
     mending = _forget_old(ledger.mending(owner), now_s, limits)
     if _is_right(plan):
+        if ledger.unsettled(owner):  # it could not be undone, and need not be any more
+            app.establish(ledger, applied.wanted, ask=False)
         _remember(ledger, owner, replace(mending, failure=""))
-        return MendReport(owner, Outcome.RIGHT)
+        return _right(owner, plan)
     held, waits = mending.held_at(now_s), {s: wait_s(mending, s, now_s, limits) for s in _subjects(plan)}
     fought_over = [subject for subject, pause_s in waits.items() if pause_s is None and subject not in held]
     if fought_over:
@@ -167,7 +184,10 @@ def _mend(app: App, ledger: Ledger, owner: Owner, limits: Limits) -> MendReport:
     rest = _sparing(app, ledger, applied, plan, held.union(pauses))
     again_in_s = min(pauses.values(), default=0.0)
     if not _is_right(rest):
-        return _mend_rest(app, ledger, applied, mending, plan=plan, rest=rest, again_in_s=again_in_s)
+        _remember(ledger, owner, mending)
+        spared = frozenset(_subjects(plan)).difference(_subjects(rest))
+        attempt = _Attempt(app, applied, rest, spared=spared, known=mending.failure, again_in_s=again_in_s)
+        return attempt if attempt.begin(ledger) else attempt.report()
     if pauses:
         return MendReport(owner, Outcome.WAITING, plan.changes, "it was mended a moment ago", again_in_s=again_in_s)
     mending = replace(mending, failure="")  # what could not be mended is right
@@ -175,93 +195,147 @@ def _mend(app: App, ledger: Ledger, owner: Owner, limits: Limits) -> MendReport:
     return _left_alone(owner, plan, mending, now_s)
 
 
-def _mend_rest(
-    app: App, ledger: Ledger, applied: Applied, mending: Mending, *, plan: Plan, rest: Plan, again_in_s: float
-) -> MendReport:
-    """Mend what is to be done now: all together, and if that fails, what can be done without what fails."""
-    owner = applied.owner
-    spared = frozenset(_subjects(plan)).difference(_subjects(rest))
-    _remember(ledger, owner, mending)
-    attempt = _Attempt(app, ledger, applied, spared)
-    attempt.run(rest)
-    if attempt.mended and attempt.failures:  # the next look, which is soon, tells of what is not mended
-        return MendReport(owner, Outcome.MENDED, attempt.mended, again_in_s=_AGAIN_S, is_partial=True)
-    failure = "; ".join(dict.fromkeys(attempt.failures))
-    _remember(ledger, owner, replace(ledger.mending(owner), failure=failure))
-    if failure:
-        is_news = failure != mending.failure
-        return MendReport(owner, Outcome.FAILED, rest.changes, failure, is_news=is_news, again_in_s=again_in_s)
-    return MendReport(owner, Outcome.MENDED, rest.changes, again_in_s=again_in_s, is_partial=bool(spared))
-
-
 class _Attempt:
-    """One go at what has drifted but for what is spared: what became right, and why the rest did not."""
+    """One go at what has drifted but for what is spared: all together, and if that fails, in parts.
 
-    def __init__(self, app: App, ledger: Ledger, applied: Applied, spared: frozenset[str]) -> None:
-        self.mended: tuple[Change, ...] = ()
-        self.failures: list[str] = []
+    Each part has the lock for itself: it may take as long as an apply, and others want to do their work in between.
+    `known` is the failure that was told before, `again_in_s` when what is spared is due.
+    """
+
+    def __init__(
+        self, app: App, applied: Applied, plan: Plan, *, spared: frozenset[str], known: str, again_in_s: float
+    ) -> None:
         self._app = app
-        self._ledger = ledger
         self._applied = applied
+        self._plan = plan
         self._spared = spared
+        self._known = known
+        self._again_in_s = again_in_s
+        self._failure = ""
+        self._parts: tuple[frozenset[str], ...] = ()
+        self._failures: list[str] = []
+        self._mended: tuple[Change, ...] = ()
         self._begun: set[str] = set()
 
-    def run(self, plan: Plan) -> None:
-        """What cannot be taken back is left for the next command, and nothing else is tried meanwhile."""
+    def begin(self, ledger: Ledger) -> bool:
+        """All together; true if that failed, and is to be gone on with in parts.
+
+        What cannot be taken back is left for the next command, and nothing else is tried meanwhile.
+        """
+        owner, target = self._applied.owner, self._applied.target
         try:
-            failure = self._try(plan, self._spared)
-            if failure:
-                parts = self._app.parts(self._ledger, self._applied.owner, self._applied.target, self._spared)
-                self._divide(parts, self._spared)
-                self.failures = self.failures or [failure]
+            self._failure = self._try(ledger, self._plan, self._spared)
+            self._parts = self._app.parts(ledger, owner, target, self._spared) if self._failure else ()
         except RollbackError as error:
-            self.failures.append(_say(error))
+            self._failure = _say(error)
+        if len(self._parts) > 1:
+            return True
+        self._remember_failure(ledger)
+        return False
+
+    def go_on(self) -> MendReport:
+        """In parts; raises RefusedError if others took over before anything was mended."""
+        try:
+            self._divide(self._parts, self._spared)
+        except Interrupted:
+            raise
+        except RefusedError:
+            if not self._mended:
+                raise
+        except EXPECTED as error:
+            self._failures.append(_say(error))
+        return self.report()
+
+    def report(self) -> MendReport:
+        owner, failure = self._applied.owner, self._what_fails()
+        if not failure:
+            is_partial = bool(self._spared or self._plan.waiting)
+            return MendReport(
+                owner, Outcome.MENDED, self._plan.changes, again_in_s=self._again_in_s, is_partial=is_partial
+            )
+        if self._mended:
+            reason = f"not the rest: {failure}"
+            return MendReport(owner, Outcome.MENDED, self._mended, reason, again_in_s=_AGAIN_S, is_partial=True)
+        is_news = failure != self._known
+        return MendReport(
+            owner, Outcome.FAILED, self._plan.changes, failure, is_news=is_news, again_in_s=self._again_in_s
+        )
+
+    def _what_fails(self) -> str:
+        """Why not all is right; empty if it is."""
+        left = set(_subjects(self._plan)).difference(change.subject for change in self._mended)
+        is_all_mended = bool(self._mended) and not left
+        return "" if is_all_mended else "; ".join(dict.fromkeys(self._failures or [self._failure]))
 
     def _divide(self, parts: tuple[frozenset[str], ...], spared: frozenset[str]) -> None:
         """Try one half, and then the other: of many parts one that fails is found in few attempts.
 
         The first half needs nothing of the second; of that, what needs what failed is spared with it.
         """
-        if len(parts) < 2:
-            return
         middle = len(parts) // 2
         first, second = parts[:middle], parts[middle:]
         self._try_half(first, spared.union(*second))
-        self._try_half(second, spared.union(*first).difference(change.subject for change in self.mended))
+        self._try_half(second, spared.union(*first).difference(change.subject for change in self._mended))
 
     def _try_half(self, parts: tuple[frozenset[str], ...], spared: frozenset[str]) -> None:
-        plan = self._app.plan(self._ledger, self._applied.owner, self._applied.target, spared)[1]
-        failure = "" if _is_right(plan) else self._try(plan, spared)
-        if failure and len(parts) > 1:
+        with self._turn() as ledger:
+            plan = self._app.plan(ledger, self._applied.owner, self._applied.target, spared)[1]
+            try:
+                failure = "" if _is_right(plan) else self._try(ledger, plan, spared)
+            except RollbackError as error:
+                self._failures.append(_say(error))
+                self._remember_failure(ledger)
+                raise
+            is_divided = bool(failure) and len(parts) > 1
+            if failure and not is_divided:
+                self._failures.append(failure)
+            if parts[-1] == self._parts[-1] and not is_divided:  # the last one; what is not told is not remembered
+                self._remember_failure(ledger)
+        if is_divided:
             self._divide(parts, spared)
-        elif failure:
-            self.failures.append(failure)
 
-    def _try(self, plan: Plan, spared: frozenset[str]) -> str:
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[Ledger]:
+        """The lock once more, after those who wait for it. Raises RefusedError if something else is to be there now."""
+        owner = self._applied.owner
+        self._app.system.clock.sleep(_GIVE_WAY_S)
+        with self._app.settled(_command(owner)) as ledger:
+            applied = ledger.find(owner)
+            if applied is None or applied.target != self._applied.target or _is_on_trial(ledger, owner):
+                raise RefusedError(f"{owner} was changed meanwhile")
+            self._applied = applied
+            yield ledger
+
+    def _try(self, ledger: Ledger, plan: Plan, spared: frozenset[str]) -> str:
         """Carry it out; why that cannot be done, if so."""
         if plan.cut:
             return _what_is_cut(plan)
         if plan.refusals:
             return _refused(plan)
-        self._note_repairs(_subjects(plan))
+        self._note_repairs(ledger, _subjects(plan))
         try:
-            report = self._app.establish(self._ledger, self._applied.wanted, ask=False, spared=spared)
+            report = self._app.establish(ledger, self._applied.wanted, ask=False, spared=spared)
         except (Interrupted, RollbackError):
             raise
         except EXPECTED as error:
             return _say(error)
         if report.declined:
             return _what_is_cut(report.plan)
-        self.mended += plan.changes
+        self._mended += plan.changes
+        self._begun.difference_update(_subjects(plan))
         return ""
 
-    def _note_repairs(self, subjects: Collection[str]) -> None:
-        """Before the first effect, so that being killed counts as well; each subject once in one go."""
+    def _note_repairs(self, ledger: Ledger, subjects: Collection[str]) -> None:
+        """Before the first effect, so that being killed counts as well; each subject once until it is mended."""
         now_s, owner = self._app.system.clock.monotonic(), self._applied.owner
-        mending = self._ledger.mending(owner)
+        mending = ledger.mending(owner)
         repairs = tuple(Repair(subject, now_s) for subject in subjects if subject not in self._begun)
         self._begun.update(subjects)
-        _remember(self._ledger, owner, replace(mending, repairs=(*mending.repairs, *repairs)))
+        _remember(ledger, owner, replace(mending, repairs=(*mending.repairs, *repairs)))
+
+    def _remember_failure(self, ledger: Ledger) -> None:
+        owner = self._applied.owner
+        _remember(ledger, owner, replace(ledger.mending(owner), failure=self._what_fails()))
 
 
 def _what_is_cut(plan: Plan) -> str:

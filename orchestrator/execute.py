@@ -230,7 +230,7 @@ def lead_back(
     leftovers: list[str] = []
     hazards = _Hazards()
     for sequence, step in reversed(done):
-        back = inverse(step, netns)
+        back = _way_back(step, netns)
         if isinstance(step, StopProcess) and back is None:
             leftovers.append(f"start {step.process.name}: the ledger does not know how it was started")
             hazards.is_deaf = True
@@ -251,6 +251,14 @@ def lead_back(
             if not leftovers:
                 undone(sequence)
     return tuple(leftovers)
+
+
+def _way_back(step: Step, netns: Netns) -> Step | None:
+    """The inverse; but rules that somebody had emptied are removed, as nobody knows what there was of them."""
+    back = inverse(step, netns)
+    if isinstance(back, LoadRules) and not (back.after.digest or back.after.documents):
+        return RemoveRules(back.after)
+    return back
 
 
 def _timed(

@@ -6,7 +6,7 @@ import hashlib
 import json
 import tomllib
 from dataclasses import fields
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from shutil import which
 
@@ -41,8 +41,15 @@ def _code(spec: ProcessSpec, files: dict[str, str]) -> str:
     """
     if spec.argv[0] != HELPER_PROGRAM:
         return _program(spec.argv[0])
-    said = tomllib.loads(files[spec.argv[-1]])
-    return _engine() if said["file"] else f"{_engine()} {_helper(said['use'])}"
+    file, use = _said(files[spec.argv[-1]])
+    return _engine() if file else f"{_engine()} {_helper(use)}"
+
+
+@lru_cache(maxsize=1024)
+def _said(document: str) -> tuple[str, str]:
+    """The user's file of a helper, if it is one, and whose class it is."""
+    said = tomllib.loads(document)
+    return said["file"], said["use"]
 
 
 def _program(name: str) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TypeVar
 
 from orchestrator import catalogue
@@ -87,7 +89,20 @@ class Observer:
             stale=frozenset() if fresh else self.ledger.stale(owner),
             has_cthelper=bool(self.system.host.available_modules((_SUBSYSTEM,))),
             connections=self.system.host.connections(netns) if is_thorough and is_there else {},
+            connections_elsewhere=self._connections_elsewhere(netns, users) if is_thorough else {},
         )
+
+    def _connections_elsewhere(self, netns: Netns, users: Mapping[HelperKey, tuple[Owner, ...]]) -> Mapping[str, int]:
+        """Live connections in other namespaces, by the name of a helper that profiles there use."""
+        places = {owner.netns.identity: owner.netns for owners in users.values() for owner in owners}
+        found: Counter[str] = Counter()
+        for identity, place in places.items():
+            if identity == netns.identity or not self.is_there(place):
+                continue
+            names = {key.name for key, owners in users.items() if any(o.netns.identity == identity for o in owners)}
+            seen = self.system.host.connections(place)
+            found.update({name: seen.get(name, 0) for name in names})
+        return found
 
     def _listings(self, owner: Owner, fresh: Listing | None) -> tuple[Listing, ...]:
         found = (
@@ -220,6 +235,7 @@ def or_nothing(look: Callable[[Netns], Iterable[T]], netns: Netns) -> Iterable[T
         return ()
 
 
+@cache
 def module_helpers() -> Mapping[str, frozenset[tuple[str, L4Proto]]]:
     """Which (name, l4proto) each kernel module of the catalogue takes in the helper registry."""
     result: dict[str, set[tuple[str, L4Proto]]] = {}

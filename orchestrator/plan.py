@@ -19,6 +19,8 @@ from orchestrator.plan_registrations import (
     leaving_of,
     plan_registrations,
     registration_changes,
+    registrations_waiting,
+    say_waiting,
     used_here,
 )
 from orchestrator.plan_rules import (
@@ -62,7 +64,9 @@ from orchestrator.state import (
 
 def plan_apply(target: Target, launches: tuple[Launch, ...], observed: Observed, owner: Owner) -> Plan:
     """What makes `target` true in the observed namespace. `launches` are its processes with their files."""
-    registrations = plan_registrations(target, observed)
+    waiting = registrations_waiting(target, observed)
+    registrations = plan_registrations(target, observed, waiting)
+    target = _disabled(target, waiting)
     stand_in = plan_stand_in(target, launches, observed)
     processes = plan_processes(launches, observed, stand_in)
     stale_rules = observed.stale | {r.key for r in (*registrations.create, *(r for _, r in registrations.replace))}
@@ -93,7 +97,16 @@ def plan_apply(target: Target, launches: tuple[Launch, ...], observed: Observed,
         adopted=registrations.adopted,
         cut=cut,
         kept=registrations.leaving.kept,
+        waiting=say_waiting(waiting, observed),
     )
+
+
+def _disabled(target: Target, keys: frozenset[HelperKey]) -> Target:
+    """The same target, but for registrations that are not enabled yet."""
+    if not keys:
+        return target
+    quiet = (replace(r, status=Status.DISABLED) if r.key in keys else r for r in target.registrations)
+    return replace(target, registrations=tuple(quiet))
 
 
 def _reconcile_changes(target: Target, observed: Observed) -> list[Change]:
@@ -133,7 +146,7 @@ def plan_teardown(observed: Observed, owner: Owner, mine: tuple[Registration, ..
         netns=observed.netns,
         changes=changes,
         steps=steps,
-        cut=connections_cut(observed, [r.key for r in mine]),
+        cut=sum(observed.connections.get(name, 0) for name in {r.key.name for r in mine}),
         kept=leaving.kept,
     )
 

@@ -30,7 +30,8 @@ class RegistrationPlan:
     refusals: tuple[Refusal, ...]
 
 
-def plan_registrations(target: Target, observed: Observed) -> RegistrationPlan:
+def plan_registrations(target: Target, observed: Observed, waiting: frozenset[HelperKey]) -> RegistrationPlan:
+    """`waiting` are registrations that stay disabled (registrations_waiting)."""
     live = {r.key: r for r in observed.registrations}
     create: list[Registration] = []
     update: list[tuple[Registration, Registration]] = []
@@ -51,15 +52,35 @@ def plan_registrations(target: Target, observed: Observed) -> RegistrationPlan:
             continue
         if wanted.key not in observed.recorded:
             adopted.append(wanted.key)
+        if wanted.key in waiting:
+            wanted = replace(wanted, status=Status.DISABLED)
         if seen == wanted:
             continue
-        if wanted.status is Status.ENABLED and seen.status is Status.DISABLED:
-            refusals += _refuse_enable(wanted, observed)
         (update if seen.can_become(wanted) else replaced).append((seen, wanted))
     wanted_keys = {r.key for r in (*target.registrations, *target.stock)}
     surplus = [live[key] for key in sorted(used_here(observed)) if key in live and key not in wanted_keys]
     leaving = leaving_of(surplus, observed)
     return RegistrationPlan(tuple(create), tuple(update), tuple(replaced), leaving, tuple(adopted), tuple(refusals))
+
+
+def registrations_waiting(target: Target, observed: Observed) -> frozenset[HelperKey]:
+    """Those that are not to be enabled yet: another namespace uses them, and nobody listens there.
+
+    An enabled helper without a listener blocks every new connection. Whoever is the last to have a listener enables it.
+    """
+    disabled = {r.key for r in observed.registrations if r.status is Status.DISABLED}
+    wanted = {r.key for r in target.registrations if r.status is Status.ENABLED}
+    return frozenset(wanted & disabled & observed.deaf.keys())
+
+
+def say_waiting(waiting: Iterable[HelperKey], observed: Observed) -> tuple[str, ...]:
+    """A sentence for each, with what to do."""
+    return tuple(
+        f"{key} stays disabled: {owner} uses it, and nobody listens on its queue there; "
+        "apply that first, or tear it down"
+        for key in sorted(waiting)
+        for owner in observed.deaf[key]
+    )
 
 
 def by_key(registration: Registration) -> HelperKey:
@@ -174,18 +195,6 @@ def _refuse_existing(wanted: Registration, seen: Registration, observed: Observe
     return None
 
 
-def _refuse_enable(wanted: Registration, observed: Observed) -> list[Refusal]:
-    """An enabled helper without a listener blocks new connections; this would do it to another namespace."""
-    return [
-        Refusal(
-            f"cannot enable {wanted.key}: {owner} uses it and nobody listens on its queue there",
-            hint=f"apply or tear down profile {owner.profile} in netns {owner.netns} first, or use a name of your own",
-            where="an enabled helper without a listener blocks every new connection behind a stateful filter",
-        )
-        for owner in observed.deaf.get(wanted.key, ())
-    ]
-
-
 def differences(seen: Registration, wanted: Registration) -> str:
     """What would change in a registration, as `queue 5 -> 6; expect_max 1 -> 4`; empty if nothing."""
     parts: list[str] = []
@@ -220,11 +229,16 @@ def registration_changes(registrations: RegistrationPlan, observed: Observed) ->
 
 
 def _effect(observed: Observed, key: HelperKey) -> str:
-    count = observed.connections.get(key.name, 0)
+    count = _connections(observed, key.name)
     if count == 1:
         return "1 live connection loses this helper"
     return f"{count} live connections lose this helper" if count else ""
 
 
 def connections_cut(observed: Observed, keys: list[HelperKey]) -> int:
-    return sum(observed.connections.get(name, 0) for name in {key.name for key in keys})
+    """Live connections, in all namespaces, that lose their helper when these are unregistered."""
+    return sum(_connections(observed, name) for name in {key.name for key in keys})
+
+
+def _connections(observed: Observed, name: str) -> int:
+    return observed.connections.get(name, 0) + observed.connections_elsewhere.get(name, 0)

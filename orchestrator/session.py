@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from orchestrator import complete
-from orchestrator.errors import Interrupted, UsageError
+from orchestrator.errors import Interrupted, OrchError, UsageError
 
 if TYPE_CHECKING:
     from orchestrator.app import App
@@ -42,6 +42,13 @@ class Colour(enum.StrEnum):
     NEVER = "never"
 
 
+def _refuse_empty(netns: str | None) -> str | None:
+    """An empty name is a variable of a script that is not set, and would be the caller's namespace."""
+    if netns == "":
+        raise typer.BadParameter("it is empty; leave the option out for the namespace of the profile or the caller")
+    return netns
+
+
 ProfileArgument = Annotated[
     str,
     typer.Argument(
@@ -61,6 +68,7 @@ NetnsOption = Annotated[
         envvar="ORCH_NETNS",
         help="Namespace, by name or path; overrides the profile's.",
         autocompletion=complete.netns_names,
+        callback=_refuse_empty,
     ),
 ]
 StateOption = Annotated[
@@ -161,14 +169,19 @@ class Session:
             self._is_asking = False
 
     def result(self, exit_code: ExitCode, text: str, **content: Any) -> ExitCode:
-        """The last thing a command says: a JSON line, or text on standard output."""
+        """The last thing a command says; that nobody reads it any more does not change what was done."""
+        with contextlib.suppress(BrokenPipeError):
+            self.tell(exit_code, text, **content)
+        return exit_code
+
+    def tell(self, exit_code: ExitCode, text: str, **content: Any) -> None:
+        """A JSON line, or text, on standard output."""
         if self.is_json:
             from orchestrator.views import machine
 
             self.write(machine.result_line(self.command, exit_code, **content) + "\n")
         elif not self.is_quiet:
             self.write(text)
-        return exit_code
 
     @contextmanager
     def catching_signals(self) -> Iterator[None]:
@@ -213,6 +226,7 @@ def render_target(desired: Desired, templates: Path | None) -> Target:
 
 
 def make_app(session: Session, *, netns: str | None, state_dir: Path, wait_s: float = 10.0) -> App:
+    """The use cases, on this kernel. Raises OrchError if the state directory is something else."""
     from orchestrator import app, reports
 
     def guard() -> None:
@@ -222,6 +236,8 @@ def make_app(session: Session, *, netns: str | None, state_dir: Path, wait_s: fl
 
     talk = reports.Talk(session.step, session.warn, session.confirm, lambda: session.signal_number)
     state_dir = state_dir.resolve()  # processes are found by its text
+    if state_dir.exists() and not state_dir.is_dir():
+        raise OrchError("the state directory is not a directory", where=str(state_dir), hint="set --state-dir")
     return app.App(app.kernel_system(state_dir), state_dir, app.boot_id(), talk, netns, wait_s, guard)
 
 

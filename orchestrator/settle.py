@@ -7,10 +7,7 @@ from dataclasses import dataclass
 
 from orchestrator.errors import Interrupted, OrchError, RollbackError
 from orchestrator.execute import EXPECTED, lead_back
-from orchestrator.journal import Ledger
-from orchestrator.model import Netns
-from orchestrator.ports import System
-from orchestrator.reports import Talk
+from orchestrator.remove import remove
 from orchestrator.state import (
     CreateRegistration,
     DeleteRegistration,
@@ -19,24 +16,19 @@ from orchestrator.state import (
     Unsettled,
     UpdateRegistration,
 )
+from orchestrator.work import Work
 
 _HOST_WIDE = (CreateRegistration, UpdateRegistration, DeleteRegistration, KeepRegistrations)
 
 
 @dataclass(frozen=True, slots=True)
 class Settling:
-    """`reach` finds the way into a namespace, None where it is gone; `finish` takes up a teardown.
-
-    Both ways give back a sentence for each step that could not be undone or done. Of a teardown, which is planned anew
-    each time, that is a warning; so it is for those who are forgiven, as they are about to be torn down, and for the
-    one who is about to be applied anew: the journal keeps what is half-done until that has succeeded.
+    """A step that could not be undone or done is told of. Of a teardown, which is planned anew each time, that is a
+    warning; so it is for those who are forgiven, as they are about to be torn down, and for the one who is about to be
+    applied anew (`renewed`): the journal keeps what is half-done until that has succeeded.
     """
 
-    system: System
-    ledger: Ledger
-    talk: Talk
-    reach: Callable[[Owner], Netns | None]
-    finish: Callable[[Unsettled], tuple[str, ...]]
+    work: Work
     is_forgiven: Callable[[Owner], bool]
     renewed: Owner | None
 
@@ -45,9 +37,8 @@ class Settling:
 
         Nothing else may be done before that: to undo it later would undo what others did to registrations it changed.
         """
-        stuck = [
-            (unsettled, left) for unsettled in reversed(self.ledger.unsettled()) if (left := self._settle(unsettled))
-        ]
+        ledger = self.work.ledger
+        stuck = [(unsettled, left) for unsettled in reversed(ledger.unsettled()) if (left := self._settle(unsettled))]
         if not stuck:
             return None
         first, leftovers = stuck[0][0], tuple(sentence for _, left in stuck for sentence in left)
@@ -56,7 +47,7 @@ class Settling:
     def _settle(self, unsettled: Unsettled) -> tuple[str, ...]:
         """What is left, if others must wait for it."""
         verb = "finishing" if unsettled.is_teardown else "undoing"
-        self.talk.warn(f"{unsettled.sentence}: {verb} it")
+        self.work.talk.warn(f"{unsettled.sentence}: {verb} it")
         leftovers = self._lead(unsettled)
         if not leftovers:
             return ()
@@ -64,14 +55,17 @@ class Settling:
         if not (unsettled.is_teardown or is_renewed or self.is_forgiven(unsettled.owner)):
             return leftovers
         for sentence in leftovers:
-            self.talk.warn(f"left: {sentence}")
-        live = {r.key for r in self.system.registry.dump()}
-        self.ledger.claim(r for r in unsettled.registrations if r.key in live)
+            self.work.talk.warn(f"left: {sentence}")
+        live = self.work.live_keys()
+        self.work.ledger.claim(r for r in unsettled.registrations if r.key in live)
         return ()
 
     def _lead(self, unsettled: Unsettled) -> tuple[str, ...]:
+        """One sentence for each step that could not be undone or done."""
         try:
-            return self.finish(unsettled) if unsettled.is_teardown else self._undo(unsettled)
+            if unsettled.is_teardown:
+                return remove(self.work, self.work.reachable(unsettled.owner)).leftovers
+            return self._undo(unsettled)
         except Interrupted:
             raise
         except EXPECTED as error:
@@ -79,15 +73,16 @@ class Settling:
 
     def _undo(self, unsettled: Unsettled) -> tuple[str, ...]:
         """What was in a namespace that is gone went with it; only what is the host's is left to undo."""
-        netns = self.reach(unsettled.owner)
-        begun = [(n, step) for n, step in unsettled.begun if netns is not None or isinstance(step, _HOST_WIDE)]
+        work, netns = self.work, self.work.reachable(unsettled.owner).netns
+        is_there = work.observer.is_there(netns)
+        begun = [(n, step) for n, step in unsettled.begun if is_there or isinstance(step, _HOST_WIDE)]
         leftovers = lead_back(
             begun,
-            self.system,
-            netns or unsettled.owner.netns,
-            self.talk.step,
-            undone=lambda sequence: self.ledger.undone(unsettled.id, sequence),
+            work.system,
+            netns if is_there else unsettled.owner.netns,
+            work.talk.step,
+            undone=lambda sequence: work.ledger.undone(unsettled.id, sequence),
         )
         if not leftovers:
-            self.ledger.settle(unsettled.id)
+            work.ledger.settle(unsettled.id)
         return leftovers

@@ -146,6 +146,7 @@ class Observed:
     `neighbours` are other profiles in this namespace. `kernel_helpers` are the (name, l4proto) taken by loaded kernel
     modules. `foreign_references` are helper names that rules not written by orch attach. `reconciles`: the supervisor
     of the profile has drift mended. `stale` are registrations that were made anew since its rules were loaded.
+    `connections` are live ones by helper name, `connections_elsewhere` those in the namespaces of other users.
     """
 
     netns: Netns
@@ -170,6 +171,7 @@ class Observed:
     reconciles: bool
     stale: frozenset[HelperKey] = frozenset()
     connections: Mapping[str, int] = field(default_factory=dict)
+    connections_elsewhere: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -467,7 +469,8 @@ class Plan:
     """What apply or teardown will do. Empty `steps` means that nothing differs.
 
     `adopted` are registrations found as they should be that the ledger did not know. `cut` is the number of live
-    connections that lose their helper. `kept` names what teardown leaves because others use it.
+    connections that lose their helper. `kept` names what teardown leaves because others use it, `waiting` what is
+    left undone until others have done their part.
     """
 
     profile: str
@@ -475,9 +478,9 @@ class Plan:
     changes: tuple[Change, ...]
     steps: tuple[Step, ...]
     refusals: tuple[Refusal, ...] = ()
-    warnings: tuple[str, ...] = ()
     adopted: tuple[HelperKey, ...] = ()
     kept: tuple[str, ...] = ()
+    waiting: tuple[str, ...] = ()
     cut: int = 0
 
     @property

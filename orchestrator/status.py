@@ -169,7 +169,7 @@ def profile_status(
 ) -> ProfileStatus:
     """`plan` is what would make the system as it was applied: its changes are the drift."""
     drift = [f"{c.subject}: {_drift_text(c.detail, c.reason, c.action)}" for c in plan.changes]
-    drift += [refusal.what for refusal in plan.refusals]
+    drift += [*(refusal.what for refusal in plan.refusals), *plan.waiting]
     profile, netns = applied.owner.profile, applied.owner.netns
     seen = Seen(
         registrations=observed.registrations,

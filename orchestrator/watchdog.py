@@ -97,15 +97,16 @@ class Watchdog:
         if not self._has_ledger():
             return
         with contextlib.closing(self._open()) as ledger, ledger.watched(ready):
-            not_before_s = 0.0
+            tried_s = again_s = 0.0
             while waiting := self._pending():
                 now_s = self._clock.boottime()
-                overdue_s = now_s + min(one.left_s(now_s) for one in waiting)
-                if max(overdue_s, not_before_s) <= now_s:
+                due_s = min(_due_s(one, tried_s=tried_s, again_s=again_s) for one in waiting)
+                if due_s <= now_s:
+                    tried_s = now_s
                     self._undo()
-                    not_before_s = self._clock.boottime() + _AGAIN_AFTER_S
+                    again_s = self._clock.boottime() + _AGAIN_AFTER_S
                     continue
-                self._sleep(until_s=min(max(overdue_s, not_before_s), self._be_backed(now_s)))
+                self._sleep(until_s=min(due_s, self._be_backed(now_s)))
 
     def _be_backed(self, now_s: float) -> float:
         """When to see to it again that somebody stands behind this one; whoever cannot read the ledger would end."""
@@ -152,6 +153,12 @@ class Watchdog:
         self._timer.set(until_s)
         select.select([self._timer.fileno(), self._changes.fileno(), *self._second.descriptors], [], [])
         self._changes.read()
+
+
+def _due_s(pending: Pending, *, tried_s: float, again_s: float) -> float:
+    """Its deadline, or `again_s` if it was overdue already when that was tried, at `tried_s`; by the boot clock."""
+    is_tried = pending.is_rejected or pending.deadline_s <= tried_s
+    return again_s if is_tried else pending.deadline_s
 
 
 class _Second:

@@ -170,7 +170,10 @@ class Watcher(Reactor):
         if owner is None:
             return
         began = time.monotonic()
-        report = self._mend(owner)
+        try:
+            report = self._mend(owner)
+        except Interrupted:
+            return  # `loop` hears of the signal too, and ends
         self._rested[at] = time.monotonic() + watching.RESTS * (time.monotonic() - began)
         self._tell(report, self._culprits.get(at, ""))
         if report.again_in_s:
@@ -188,24 +191,31 @@ def look_once(
     within_s: float,
     sleep: Callable[[float], None],
     interrupted: Callable[[], int],
+    now: Callable[[], float] = time.monotonic,
 ) -> list[MendReport]:
-    """How each profile is in the end; who is at work already is waited for, all together for `within_s` at most.
+    """How each profile is in the end; who is at work already is waited for, all together for `within_s`.
 
-    `tell` gets what came of every look. Raises Interrupted when `interrupted` gives the number of a signal.
+    A look that waits for the lock uses that up as well. `tell` gets what came of every look. Raises Interrupted when
+    `interrupted` gives the number of a signal.
     """
     reports = []
     for owner in owners:
-        report = mend(owner)
-        while report.again_in_s and report.again_in_s <= within_s:
-            if report.outcome is not Outcome.WAITING:
+        is_over = False
+        while not is_over:
+            began = now()
+            report = mend(owner)
+            if report.outcome is Outcome.WAITING:
+                within_s -= now() - began
+            is_over = not 0.0 < report.again_in_s <= within_s
+            if is_over or report.outcome is not Outcome.WAITING:
                 tell(report)
+            if is_over:
+                reports.append(report)
+                continue
             sleep(report.again_in_s)
             within_s -= report.again_in_s
             if number := interrupted():
                 raise Interrupted(number)
-            report = mend(owner)
-        tell(report)
-        reports.append(report)
     return reports
 
 

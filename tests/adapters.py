@@ -20,6 +20,18 @@ LOOKS = {
     "host": ("loaded_modules", "find_netns", "known_netns", "netns_cookie", "queues", "connections"),
     "processes": ("running", "reconciles", "supervised"),
 }
+OTHERS = {
+    "registry": ("is_present",),
+    "rules": ("version",),
+    "host": (
+        *("kernel_release", "available_modules", "program", "process_name", "iptables_variant", "machine"),
+        *("expectations", "unrelated_filters", "foreign_queues", "foreign_labels", "interfaces", "module_ports"),
+        *("probe", "sysctl", "flowtables", "helper_rules", "route", "live_connections", "live_expectations"),
+    ),
+    "processes": ("settle", "counters", "lifetimes", "last_words"),
+    "clock": ("monotonic", "boottime", "sleep"),
+}
+"""What changes nothing, and is not made to fail: it waits, or tells what people want to know."""
 
 Around = Callable[[str, Callable[[], Any]], Any]
 """Gets `PORT.METHOD` and the call itself, and gives back what that gives."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import errno
 import gc
+import itertools
 import pickle
 import shutil
 import signal
@@ -283,7 +284,8 @@ class Scenario:
     `between` leads from what was there to further states that it may end in, as several profiles are several changes.
     `is_one_way`: the kernel refuses the state that was there, so it cannot always be brought back; that is said then.
     `killed_before`: the command was run before, and killed at its event of that place (negative: from its end).
-    `fails_at` is an event of the command that fails, so that it is on its way back when the next fault comes.
+    `fails_at` is an event of the command that fails, so that it is on its way back when the next fault comes; with
+    `is_hopeless` all of its name fail from then on.
     `every`: only each n-th point is tried, as another scenario is alike; of looks it is each n-th of `looks_alike`.
     """
 
@@ -295,6 +297,7 @@ class Scenario:
     is_one_way: bool = False
     killed_before: int | None = None
     fails_at: str = ""
+    is_hopeless: bool = False
     every: int = 1
     looks_alike: int = LOOKS_ALIKE
 
@@ -525,7 +528,7 @@ def prepare(scenario: Scenario) -> Case:
     given = {}
     if scenario.fails_at:
         last = max(n for n, name in enumerate(events) if name == scenario.fails_at)
-        given = {last: Fault(errno.EPERM)}
+        given = {last: Fault(errno.EPERM, is_lasting=scenario.is_hopeless)}
     with start.host() as (orch, kernel):
         ran = run(orch, kernel, scenario.act, given)
     return Case(scenario, start, given, ran.events, ran.looks, new, known)
@@ -591,10 +594,30 @@ def delete_registrations(_: Harness, kernel: FakeKernel) -> None:
         del kernel.registrations[key]
 
 
+def replace_one_and_delete_others(orch: Harness, kernel: FakeKernel) -> None:
+    """Rules that name all of them cannot be loaded again, and have to go before one is replaced."""
+    before = dict(kernel.registrations)
+    change_identity(orch, kernel)
+    one = min(key for key, registration in kernel.registrations.items() if registration != before[key])
+    kernel.registrations = {key: kernel.registrations[key] for key in before if key in (one, FOREIGN.key)}
+
+
 def tamper(_: Harness, kernel: FakeKernel) -> None:
     for space in kernel.namespaces.values():
         for at in space.rules:
             space.tampered[at] = "somebody was here"
+
+
+def empty(_: Harness, kernel: FakeKernel) -> None:
+    """Somebody empties what we loaded: what there was of it is not known any more."""
+    for space in kernel.namespaces.values():
+        space.flushed |= set(space.rules)
+
+
+def remove_rules(_: Harness, kernel: FakeKernel) -> None:
+    for space in kernel.namespaces.values():
+        space.rules.clear()
+        space.flushed.clear()
 
 
 def lose_namespace(_: Harness, kernel: FakeKernel) -> None:
@@ -630,6 +653,7 @@ def scenarios() -> Iterator[Scenario]:
     yield from _drifts()
     yield from _half_done()
     yield from _on_trial()
+    yield from _in_parts()
 
 
 def _updates() -> Iterator[Scenario]:
@@ -700,6 +724,10 @@ def _drifts() -> Iterator[Scenario]:
         yield Scenario(f"adopted, {name}", (apply(text), forget), apply(text))
         yield Scenario(f"teardown without a ledger, {name}", (apply(text), forget), teardown())
         yield Scenario(f"rules edited, {name}", (apply(text), tamper), apply(text))
+        for backend in ("nftables", "iptables-nft"):
+            text = profile(helper, backend=backend)
+            emptied, gone = (apply(text), empty), (remove_rules,)
+            yield Scenario(f"rules emptied, {name}, {backend}", emptied, apply(text), between=gone)
     for is_new in (False, True):
         for name in ("conntrackd", "registration", "native"):
             text, kernel = profile(ENGINES[name]), "7.3" if is_new else "6.1"
@@ -786,6 +814,32 @@ def mend(orch: Harness, kernel: FakeKernel) -> object:
     return drift.mend(orch.app(), orch.app().applied("p")[0].owner, drift.Limits())
 
 
+def mend_without(*hopeless: tuple[str, str]) -> Act:
+    """The same where some calls fail, each an operation and its object: the rest is mended."""
+
+    def act(orch: Harness, kernel: FakeKernel) -> None:
+        def on_modify(operation: str, key: str) -> None:
+            if (operation, key) in hopeless:
+                raise KernelError(operation, key, errno.EPERM)
+
+        kernel.on_modify = on_modify
+        mend(orch, kernel)
+        kernel.on_modify = None
+
+    return act
+
+
+def _in_parts() -> Iterator[Scenario]:
+    """What has drifted cannot be mended as a whole; each part of it is a transaction of its own then."""
+    drifted = (apply(profile(*BOTH)), kill_processes, tamper)
+    calls = (("start", "conntrackd"), ("start", "tftp"), ("load rules", "p"))
+    between = tuple(mend_without(*some) for count in (1, 2) for some in itertools.combinations(calls, count))
+    for name in ("start", "load rules"):
+        title = f"drift is mended in parts, as {name} fails"
+        yield Scenario(title, drifted, mend, between=between, fails_at=name, every=ALIKE)
+        yield Scenario(f"{title} for good", drifted, mend, between=between, fails_at=name, is_hopeless=True)
+
+
 def _on_trial() -> Iterator[Scenario]:
     """What has to be confirmed: tried, kept, undone by somebody or because it is late; and what watching does."""
     first, changed = profile(*BOTH), profile("ftp: {queue: 77}", "tftp: {engine: conntrackd}")
@@ -797,6 +851,8 @@ def _on_trial() -> Iterator[Scenario]:
         yield Scenario(f"on trial, {name}, too late", (*tried, let_time_pass), teardown("nobody"), every=ALIKE)
         yield Scenario(f"on trial, {name}, settled", before, try_out(changed), killed_before=-6, every=ALIKE)
     yield Scenario("drift is mended", (apply(first), kill_processes), mend)
+    anew = (apply(first), replace_one_and_delete_others)
+    yield Scenario("drift is mended, registrations made anew", anew, mend, is_new=True, is_one_way=True)
 
 
 def try_all(cases: list[Scenario], *, every: int = 1) -> tuple[int, list[str]]:

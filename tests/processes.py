@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
@@ -17,6 +16,7 @@ from orchestrator.model import HELPER_PROGRAM, Netns, ProcessSpec, Restart
 from orchestrator.ports import Launch
 from orchestrator.supervise.launcher import LocalProcesses
 from orchestrator.supervise.traces import is_stopped
+from tests.waiting import until
 
 PROFILE = "unit"
 NAME = "tftp"
@@ -93,7 +93,7 @@ def unsupervised(processes: LocalProcesses, profile: str, netns: Netns) -> Itera
     pids = processes.supervisors(profile, netns.identity)
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
-    wait_for(processes, lambda: all(map(is_stopped, pids)))
+    until(lambda: all(map(is_stopped, pids)), "its supervisor is stopped")
     try:
         yield
     finally:
@@ -104,9 +104,8 @@ def unsupervised(processes: LocalProcesses, profile: str, netns: Netns) -> Itera
 
 def begun(child: Popen[bytes]) -> Popen[bytes]:
     """A process that has its environment: Popen comes back a moment before."""
-    environment, deadline = Path(f"/proc/{child.pid}/environ"), time.monotonic() + 30
-    while not environment.read_bytes():
-        assert time.monotonic() < deadline
+    environment = Path(f"/proc/{child.pid}/environ")
+    until(lambda: environment.read_bytes() != b"", "it has its environment")
     return child
 
 

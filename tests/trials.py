@@ -6,7 +6,6 @@ import contextlib
 import os
 import signal
 import sqlite3
-import time
 from collections.abc import Callable, Set
 from contextlib import closing
 from dataclasses import replace
@@ -18,6 +17,7 @@ from orchestrator.journal import Ledger
 from orchestrator.serial import to_json
 from orchestrator.state import Pending
 from orchestrator.supervise.traces import born, is_stopped
+from tests.waiting import until
 
 
 def ledger_of(state: Path) -> Ledger:
@@ -42,10 +42,7 @@ def pass_time(state: Path) -> None:
 
 
 def wait_for(condition: Callable[[], bool], within_s: float = 60) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(condition, "what is waited for", within_s=within_s)
 
 
 def watchdogs(state: Path) -> set[int]:
@@ -70,7 +67,7 @@ def kill_watchdogs(state: Path) -> None:
         for pid in new:
             os.kill(pid, signal.SIGSTOP)
         stopped |= new
-        wait_for(partial(_is_still, frozenset(stopped)))
+        until(partial(_is_still, frozenset(stopped)), "all watchdogs are stopped")
     for pid in stopped:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

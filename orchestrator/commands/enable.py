@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from orchestrator import complete
-from orchestrator.errors import PreflightError, RefusedError, UsageError
+from orchestrator.errors import OrchError, PreflightError, RefusedError, UsageError
 from orchestrator.session import (
     Colour,
     ColourOption,
@@ -94,9 +94,16 @@ def disable(
 ) -> ExitCode:
     """Take away the units that `orch enable` wrote, and nothing else."""
     from orchestrator import boot
+    from orchestrator.model import is_profile_name
 
     session = new_session("disable", is_json, colour, verbose, is_quiet)
     desired = load(profile) if Path(profile).is_file() else None
+    if desired is None and not is_profile_name(profile):
+        raise OrchError(
+            "cannot read the profile: no such file",
+            where=profile,
+            hint="give its name: systemctl list-unit-files 'orch-*' lists the units",
+        )
     name = desired.profile if desired else profile
     where = netns or (desired.netns if desired else None)
     names = boot.names(name, Path(netns or "").name)

@@ -61,9 +61,9 @@ def status(
             width=_width(),
             is_verbose=verbose > 0,
         )
-        return session.result(
-            ExitCode.OK if seen.is_right else ExitCode.DIFFERS, text, status=machine.status_value(seen)
-        )
+        code = ExitCode.OK if seen.is_right else ExitCode.DIFFERS
+        (session.tell if is_watching else session.result)(code, text, status=machine.status_value(seen))
+        return code
 
     return _watch(show, interval_s) if is_watching else show("")
 

@@ -29,6 +29,7 @@ from orchestrator.session import (
 if TYPE_CHECKING:
     from orchestrator.drift import MendReport
     from orchestrator.execute import Outcome as StepOutcome
+    from orchestrator.state import Owner
 
 _ONCE_WITHIN_S = 10.0
 
@@ -92,12 +93,18 @@ def watch(
                 owners, mend, teller.tell, within_s=_ONCE_WITHIN_S, sleep=sleep, interrupted=interrupted
             )
         return session.result(_code(reports), "", profiles=len(owners))
+
+    def interruptible(owner: Owner) -> MendReport:
+        """To mend many things may take minutes, and no service manager waits as long."""
+        with session.catching_signals():
+            return mend(owner)
+
     watching = watcher.Watcher(
         app,
         local_processes(app.state_dir),
         profile=profile,
         interval_s=interval_s,
-        mend=mend,
+        mend=interruptible,
         tell=teller.tell,
     )
     watching.run()
@@ -112,7 +119,7 @@ def _code(reports: list[MendReport]) -> ExitCode:
     from orchestrator.drift import Outcome
 
     outcomes = {report.outcome for report in reports}
-    if Outcome.FAILED in outcomes:
+    if any(r.outcome is Outcome.FAILED or (r.outcome is Outcome.MENDED and r.reason) for r in reports):
         return ExitCode.FAILED
     is_right = outcomes <= {Outcome.RIGHT, Outcome.MENDED} and not any(report.is_partial for report in reports)
     return ExitCode.OK if is_right else ExitCode.DIFFERS

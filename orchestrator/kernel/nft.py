@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import logging
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 _TABLES = dump_request(subsystem=10, command=1)  # NFNL_SUBSYS_NFTABLES, NFT_MSG_GETTABLE
 _FAMILIES = {1: "inet", 2: "ip", 3: "arp", 5: "netdev", 7: "bridge", 10: "ip6"}  # NFPROTO_*
 _OWN_PREFIX = "orch-"
+_LIBRARY = "libnftables.so.1"
 # A chain, set, object... in the text of a table, as nft lists it and as a template may write it.
 _LISTED = re.compile(r"^\t((?:ct )?[a-z]+) (\S+) \{", re.MULTILINE)
 _WRITTEN = re.compile(r"^\s*((?:ct )?[a-z]+) (\S+) \{", re.MULTILINE)
@@ -88,7 +90,8 @@ class NftSession:
 
     def __init__(self) -> None:
         try:
-            self._context = nftables.Nftables()
+            ctypes.cdll.LoadLibrary(_LIBRARY)  # first: a context that was not made complains when it is deleted
+            self._context = nftables.Nftables(_LIBRARY)
         except OSError as error:
             raise PreflightError("libnftables is not installed", hint="install the package libnftables1") from error
         self._context.set_stateless_output(True)

@@ -31,6 +31,7 @@ from orchestrator.supervise.deafness import Marks, key_name
 from orchestrator.supervise.lifecycle import STOP_WITHIN_S
 from orchestrator.supervise.order import Order
 
+_PROGRAM_WITHIN_S = 0.05  # a process is between two programs for some 100 us of processor time
 _PROCESS_MARK = "ORCH_PROCESS"
 _TAKEN_WITHIN_S = 10.0
 _STARTED_WITHIN_S = 60.0  # one that dies meanwhile is noticed at once: its socket closes
@@ -348,13 +349,23 @@ class LocalProcesses:
 
     def _scan(self) -> Iterator[tuple[int, str, _Mark]]:
         """Every live process of ours: (pid, which mark, mark)."""
-        for entry in os.listdir("/proc"):  # noqa: PTH208 (a Path per process is slow where thousands run)
-            if entry.isdigit():
-                for kind, mark in self._marks_of(int(entry)):
-                    yield int(entry), kind, mark
+        # A Path per process is slow where thousands run.
+        pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]  # noqa: PTH208
+        deadline = time.monotonic() + _PROGRAM_WITHIN_S
+        while pids:
+            unclear = []
+            for pid in pids:
+                try:
+                    yield from ((pid, kind, mark) for kind, mark in self._marks_of(pid))
+                except traces.BetweenProgramsError:
+                    unclear.append(pid)
+            pids = unclear if time.monotonic() < deadline else []
 
     def _marks_of(self, pid: int) -> list[tuple[str, _Mark]]:
-        """The marks of a process that can be ours; none if it is gone, or somebody else wrote them."""
+        """The marks of a process that can be ours; none if it is gone, or somebody else wrote them.
+
+        Raises BetweenProgramsError.
+        """
         return [(kind, mark) for kind, mark in _marks_of(pid) if self._is_believed(pid, kind, mark)]
 
     def _is_believed(self, pid: int, kind: str, mark: _Mark) -> bool:
@@ -366,7 +377,10 @@ class LocalProcesses:
 
     def _is_there(self, process: ProcessSeen) -> bool:
         """False for one that is gone, a zombie that its parent has not noticed yet, and another that has its pid."""
-        marks = [mark for kind, mark in self._marks_of(process.pid) if kind == _PROCESS_MARK]
+        try:
+            marks = [mark for kind, mark in self._marks_of(process.pid) if kind == _PROCESS_MARK]
+        except traces.BetweenProgramsError:
+            return True
         return any((mark.profile, mark.name) == (process.profile, process.name) for mark in marks)
 
     def _told(self, profile: str, netns: str, pid: int) -> dict[str, dict[str, Any]]:
@@ -458,9 +472,11 @@ def _command(spec: ProcessSpec) -> list[str]:
 
 
 def _marks_of(pid: int) -> list[tuple[str, _Mark]]:
-    """The marks of a process, whoever wrote them; none if it is gone."""
+    """The marks of a process, whoever wrote them; none if it is gone. Raises BetweenProgramsError."""
     try:
         variables = traces.variables(pid)
+    except traces.BetweenProgramsError:
+        raise
     except (*traces.GONE, PermissionError):
         return []
     found = []

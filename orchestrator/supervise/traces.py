@@ -18,6 +18,10 @@ GONE = (FileNotFoundError, ProcessLookupError)
 """What /proc says of a process that is gone; any other error says nothing of it."""
 
 
+class BetweenProgramsError(ProcessLookupError):
+    """A process is about to become another program: what /proc says of it would be that of neither."""
+
+
 @dataclass(frozen=True, slots=True)
 class QueueRow:
     """A bound queue of this namespace: packets that wait for a verdict, and all that it ever had room for."""
@@ -97,8 +101,18 @@ def variables(pid: int) -> list[bytes]:
 
     A process can show any part of its memory as that, gigabytes too: prctl(2), PR_SET_MM_MAP.
     """
-    with open(f"/proc/{pid}/environ", "rb") as file:  # noqa: PTH123
-        return file.read(_ENVIRONMENT_LEN).rstrip(b"\0").split(b"\0")
+    data = _read(pid, "environ")
+    if not data:
+        os.readlink(f"/proc/{pid}/exe")  # noqa: PTH115 (a thread of the kernel has none: it is as good as gone)
+        if not _read(pid, "cmdline"):  # this memory is new: binfmt_elf.c, create_elf_tables
+            raise BetweenProgramsError(pid)
+        data = _read(pid, "environ")  # that memory was the last program's
+    return data.rstrip(b"\0").split(b"\0")
+
+
+def _read(pid: int, name: str) -> bytes:
+    with open(f"/proc/{pid}/{name}", "rb") as file:  # noqa: PTH123
+        return file.read(_ENVIRONMENT_LEN)
 
 
 def _netns(pid: str) -> str:

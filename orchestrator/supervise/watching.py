@@ -209,7 +209,7 @@ class Reconciler:
                 return
             self._supervisor.watch(self._commits.fileno(), self._rules_changed)
             self._supervisor.say("drift is mended from now on")
-            self._look_in(_START_SOON_S)
+            self._soon()
         elif not is_wanted and self._commits is not None:
             self._supervisor.unwatch(self._commits.fileno())
             self._commits.close()

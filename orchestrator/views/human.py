@@ -33,8 +33,9 @@ class Paint:
 
 def plan_text(plan: Plan, source: str, paint: Paint, texts: str = "") -> str:
     """The changes of a plan by scope, in the order of execution; then `texts`, and the counts in the last line."""
+    texts += "".join(f"{sentence}\n" for sentence in plan.waiting)
     if not plan.changes:
-        return f"No changes. netns {plan.netns} matches {source}.\n"
+        return texts + _no_changes(plan, source)
     lines = [f"profile {source}, netns {plan.netns}"]
     for scope in Scope:
         changes = [change for change in plan.changes if change.scope is scope]
@@ -42,6 +43,10 @@ def plan_text(plan: Plan, source: str, paint: Paint, texts: str = "") -> str:
             lines.append(f"  {scope}")
             lines += _change_lines(changes, paint)
     return "\n".join(lines) + f"\n{texts}Plan: {counts_text(plan)}.\n"
+
+
+def _no_changes(plan: Plan, source: str) -> str:
+    return "No changes for now.\n" if plan.waiting else f"No changes. netns {plan.netns} matches {source}.\n"
 
 
 def _change_lines(changes: list[Change], paint: Paint) -> Iterable[str]:
@@ -91,7 +96,7 @@ def applied_text(report: Report, source: str) -> str:
     plan = report.plan
     if plan.is_empty:
         adopted = "".join(f"Adopted {key}: it is as it should be.\n" for key in plan.adopted)
-        return adopted + f"No changes. netns {plan.netns} matches {source}.\n"
+        return adopted + _no_changes(plan, source)
     counts = (
         f"{plan.count(Action.CREATE)} added, {plan.count(Action.UPDATE)} changed, "
         f"{plan.count(Action.REPLACE)} replaced, {plan.count(Action.DELETE)} removed"

@@ -51,6 +51,7 @@ def plan_value(plan: Plan) -> dict[str, Any]:
         "steps": [describe(step) for step in plan.steps],
         "adopted": [str(key) for key in plan.adopted],
         "kept": list(plan.kept),
+        "waiting": list(plan.waiting),
         "connections_cut": plan.cut,
         "refusals": [refusal_value(r) for r in plan.refusals],
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import os
 import re
@@ -196,7 +197,10 @@ def cli_here(*argv: str, state: Path) -> subprocess.CompletedProcess[str]:
         contextlib.redirect_stderr(io.StringIO()) as errors,
     ):
         patch.setenv("ORCH_STATE_DIR", str(state))
-        code = orchestrator_cli.run(list(argv))
+        try:
+            code = orchestrator_cli.run(list(argv))
+        finally:
+            gc.enable()  # a command does without, as it ends soon
     return subprocess.CompletedProcess(argv, code, output.getvalue(), errors.getvalue())
 
 

@@ -6,13 +6,13 @@ import contextlib
 import os
 import select
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from lab.ends import FTP_PORT, TFTP_PORT
 from lab.topology import ROUTER, ROUTER_FILTER, load_filter, nft
 from orchestrator.engine.counters import Counters
 from orchestrator.kernel.netns import find
@@ -23,16 +23,13 @@ from orchestrator.verify.expectations import Events, expectations_made
 from tests.hosts import Harness
 from tests.kernel.conftest import REPORTS, clean_orch
 from tests.processes import unsupervised
+from tests.waiting import WITHIN_S, until
 
-FTP_PORT, TFTP_PORT = 2121, 1069
 QUEUEINGS = ("rules", "registration")
 ACTIVE = {False: "PORT", True: "EPRT"}
 PASSIVE = {False: "PASV", True: "EPSV"}
 families = pytest.mark.parametrize("ip6", [False, True], ids=["ip", "ip6"])
 FIGURES = REPORTS.setdefault("native engine: how long traffic was held", [])
-
-_WITHIN_S = 30.0
-_POLL_S = 0.005
 
 
 def ftp_and_tftp(queueing: str, process: str = "{restart: never}") -> str:
@@ -50,18 +47,15 @@ def starts_with(word: str) -> str:
     return f"tcp {port} {FTP_PORT} @ih,0,32 0x{word.encode().hex()}"
 
 
-def until(holds: Callable[[], bool], what: str, *, within_s: float = _WITHIN_S) -> float:
-    """Wait; seconds that it took.
-
-    To look takes a fifth of the time at most: a guest has one CPU, which what is waited for needs.
-    """
-    started = looked = time.monotonic()
-    while not holds():
-        now = time.monotonic()
-        assert now < started + within_s, f"not within {within_s:g} s: {what}"
-        time.sleep(max(_POLL_S, 4 * (now - looked)))
-        looked = time.monotonic()
-    return time.monotonic() - started
+def kill(*pids: int) -> None:
+    """SIGKILL, and wait until the kernel has let go of everything the processes held."""
+    with contextlib.ExitStack() as stack:
+        pidfds = [os.pidfd_open(pid) for pid in pids]
+        for pidfd in pidfds:
+            stack.callback(os.close, pidfd)
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        for pidfd in pidfds:
+            assert select.select([pidfd], [], [], WITHIN_S)[0]
 
 
 @dataclass(slots=True)
@@ -132,13 +126,7 @@ class Router:
                     os.kill(process.pid, signal.SIGCONT)
 
     def kill(self, name: str = "ftp") -> None:
-        """SIGKILL; return once the kernel has let go of everything the process held."""
-        pidfd = os.pidfd_open(self.process(name).pid)
-        try:
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            assert select.select([pidfd], [], [], _WITHIN_S)[0]
-        finally:
-            os.close(pidfd)
+        kill(self.process(name).pid)
 
     def wait_disabled(self, name: str) -> float:
         """Wait for the supervisor: seconds until no registration of that name is enabled."""

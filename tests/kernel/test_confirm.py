@@ -12,7 +12,8 @@ from orchestrator.app import local_processes
 from orchestrator.kernel.cthelper import KernelRegistry
 from tests.hosts import Harness
 from tests.kernel.conftest import cli_here
-from tests.trials import is_watched, pass_time, wait_for, waiting
+from tests.trials import is_watched, pass_time, waiting
+from tests.waiting import until
 
 FIRST = "profile: trial\nhelpers: {ftp: {queueing: registration}}\n"
 SECOND = "profile: trial\nhelpers: {tftp: {}}\n"
@@ -23,7 +24,7 @@ def state(orch: Harness) -> Iterator[Path]:
     """No watchdog outlives a test."""
     yield orch.state_dir
     (orch.state_dir / "ledger.sqlite").unlink(missing_ok=True)
-    wait_for(lambda: not is_watched(orch.state_dir))
+    until(lambda: not is_watched(orch.state_dir), "its watchdogs have ended", within_s=60)
 
 
 def look(state: Path) -> list[str]:
@@ -41,6 +42,6 @@ def test_what_is_not_confirmed_is_undone_by_another_process(state: Path, tmp_pat
     done = cli_here("apply", str(tmp_path / "second"), "--netns", ROUTER, "--confirm-within", "3600", state=state)
     assert (done.returncode, look(state) != before) == (0, True), done.stderr
     pass_time(state)
-    wait_for(lambda: not waiting(state), within_s=120)
+    until(lambda: not waiting(state), "it is undone", within_s=120)
     assert look(state) == before, (state / "watchdog.log").read_text()
     assert cli_here("status", state=state).returncode == 0

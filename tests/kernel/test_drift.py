@@ -9,7 +9,6 @@ import json
 import os
 import queue
 import select
-import signal
 import subprocess
 import threading
 import time
@@ -35,7 +34,8 @@ from orchestrator.supervise.inotify import Inotify
 from orchestrator.supervise.launcher import LocalProcesses
 from tests.hosts import Harness
 from tests.kernel.conftest import REPORTS, clean_orch
-from tests.kernel.native import until
+from tests.kernel.native import kill
+from tests.waiting import until
 
 PROFILE = """
 profile: drift
@@ -81,16 +81,6 @@ def process(orch: Harness, name: str) -> int:
 
 def registration(orch: Harness) -> Registration:
     return next(r for r in orch.system.registry.dump() if r.key == KEY)
-
-
-def kill(*pids: int) -> None:
-    """SIGKILL, and wait until the kernel has let go of everything the processes held."""
-    pidfds = [os.pidfd_open(pid) for pid in pids]
-    for pidfd in pidfds:
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-    for pidfd in pidfds:
-        assert select.select([pidfd], [], [], 30)[0]
-        os.close(pidfd)
 
 
 def flush_ruleset(orch: Harness) -> None:

@@ -13,8 +13,8 @@ from lab.topology import CLIENT, CONTENT, ROUTER, ROUTER_FILTER, SERVER_IP, load
 from orchestrator.kernel.netns import entered, find
 from tests.hosts import Harness
 from tests.kernel.conftest import clean_orch, cli, cli_here
-from tests.kernel.native import until
 from tests.metrics import check_figures, value
+from tests.waiting import until
 
 PROFILES = {
     ROUTER: "profile: edge\nhelpers:\n  ftp: {attach: [{path: incoming}]}\n",

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from lab.topology import run
+from lab.topology import nft, run
 from orchestrator.engine.counters import Counters, State
 from orchestrator.engine.privileges import own_user
 from orchestrator.errors import HelperProcessError
@@ -19,6 +18,7 @@ from orchestrator.kernel.host import KernelHost
 from orchestrator.kernel.netns import entered, find
 from orchestrator.model import Netns
 from orchestrator.supervise.launcher import LocalProcesses
+from tests.namespaces import named_netns
 from tests.processes import (
     NAME,
     OWN_HELPER,
@@ -28,8 +28,8 @@ from tests.processes import (
     local_processes,
     own_document,
     unsupervised,
-    wait_for,
 )
+from tests.waiting import until
 
 PORT = 6969
 RULES = f"""
@@ -43,17 +43,11 @@ table inet unit {{
 
 
 @pytest.fixture
-def netns(tmp_path: Path) -> Iterator[Netns]:
-    name = f"orch-{uuid.uuid4().hex[:8]}"
-    rules = tmp_path / "rules.nft"
-    rules.write_text(RULES)
-    run("ip", "netns", "add", name)
-    try:
+def netns() -> Iterator[Netns]:
+    with named_netns() as name:
         run("ip", "-n", name, "link", "set", "lo", "up")
-        run("ip", "netns", "exec", name, "nft", "-f", str(rules))
+        nft(name, RULES)
         yield find(name)
-    finally:
-        run("ip", "netns", "delete", name)
 
 
 @pytest.fixture
@@ -71,7 +65,7 @@ def counted(processes: LocalProcesses, netns: Netns) -> Counters:
 
 def wait_for_packets(processes: LocalProcesses, netns: Netns, count: int) -> None:
     """The page is written after the verdict: the packet may be there first."""
-    wait_for(processes, lambda: counted(processes, netns).packets == count)
+    until(lambda: counted(processes, netns).packets == count, f"{count} packets counted")
 
 
 def exchange(netns: Netns, count: int) -> None:
@@ -129,7 +123,7 @@ def test_a_helper_of_ones_own(processes: LocalProcesses, netns: Netns) -> None:
 
 def test_after_a_kill_packets_pass_and_its_successor_begins_anew(processes: LocalProcesses, netns: Netns) -> None:
     os.kill(processes.start(launch(netns)), signal.SIGKILL)
-    wait_for(processes, lambda: "SIGKILL" in processes.last_words(PROFILE, netns, NAME))
+    until(lambda: "SIGKILL" in processes.last_words(PROFILE, netns, NAME), "its death is told")
     exchange(netns, 3)
     processes.start(launch(netns))
     assert counted(processes, netns).packets == 0
@@ -150,7 +144,7 @@ def test_what_is_queued_while_it_starts_is_answered(processes: LocalProcesses, n
     finally:
         os.kill(flood, signal.SIGKILL)
         os.waitpid(flood, 0)
-    wait_for(processes, lambda: not any(row.waiting for row in KernelHost().queues(netns)))
+    until(lambda: not any(row.waiting for row in KernelHost().queues(netns)), "no packet waits")
     assert counted(processes, netns).packets
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import select
 import shutil
-import signal
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -27,15 +25,12 @@ from orchestrator.reports import PlanRefusedError
 from orchestrator.state import WatchProcess
 from orchestrator.supervise.launcher import LocalProcesses
 from tests.hosts import FTP, Harness
-from tests.kernel.conftest import TURN, clean_orch, cli, cli_here, snapshot, turns
-from tests.kernel.native import until
+from tests.kernel.conftest import clean_orch, cli, cli_here, snapshot, turns
+from tests.kernel.native import kill
+from tests.waiting import until
 
 OWN = HelperKey("ftp-us", L3Proto.IP, L4Proto.TCP)
-# Each kernel gets every profile with one backend, by turns, and the next kernel with the other one.
-PROFILES = [
-    (file, ("nftables", "iptables")[(TURN + number) % 2])
-    for number, file in enumerate(sorted(Path("profiles").glob("*.yaml")))
-]
+PROFILES = [(file, backend) for file in sorted(Path("profiles").glob("*.yaml")) for backend in ("nftables", "iptables")]
 HAS_OLD_DELETE = int(os.uname().release.split(".")[0]) < 7
 
 
@@ -43,18 +38,8 @@ def conntrackd(orch: Harness) -> int:
     return orch.system.processes.running()[0].pid
 
 
-def kill_and_wait(pid: int) -> None:
-    """SIGKILL, and wait until the kernel has let go of everything the process held."""
-    pidfd = os.pidfd_open(pid)
-    try:
-        os.kill(pid, signal.SIGKILL)
-        assert select.select([pidfd], [], [], 30)[0]
-    finally:
-        os.close(pidfd)
-
-
 def kill_supervisor() -> None:
-    kill_and_wait(int(run("pgrep", "-f", "orchestrator/supervise/supervisor.py").stdout))
+    kill(int(run("pgrep", "-f", "orchestrator/supervise/supervisor.py").stdout))
 
 
 def restarts(orch: Harness) -> int:
@@ -63,20 +48,12 @@ def restarts(orch: Harness) -> int:
 
 
 def wait_for_restarts(orch: Harness, wanted: int) -> None:
-    deadline = orch.system.clock.monotonic() + 30
-    while restarts(orch) != wanted:
-        assert orch.system.clock.monotonic() < deadline
-        orch.system.clock.sleep(0.01)
+    until(lambda: restarts(orch) == wanted, f"{wanted} restarts")
 
 
 def wait_for_status(orch: Harness, wanted: Status) -> None:
     """The supervisor acts in its own time; give it that."""
-    deadline = orch.system.clock.monotonic() + 10
-    while orch.system.clock.monotonic() < deadline:
-        if any(r.key == OWN and r.status is wanted for r in orch.system.registry.dump()):
-            return
-        orch.system.clock.sleep(0.01)
-    pytest.fail(f"{OWN} did not become {wanted}")
+    until(lambda: wanted in {r.status for r in orch.system.registry.dump() if r.key == OWN}, f"{OWN} is {wanted}")
 
 
 # -- one profile at work: deaths, drift, neighbours --------------------------------------------------------------------
@@ -99,7 +76,7 @@ def served(router: Harness) -> Harness:
 
 def test_death_of_the_listener_does_not_block_new_connections(served: Harness) -> None:
     """It is replaced, and enabled again by then: conntrackd's own registration is not."""
-    kill_and_wait(conntrackd(served))
+    kill(conntrackd(served))
     assert "Content-Length" in topology.ftp("--head").stdout  # curl logs in, and needs no data connection
     wait_for_restarts(served, 1)
     wait_for_status(served, Status.ENABLED)
@@ -114,7 +91,7 @@ def test_without_a_supervisor_the_same_death_blocks(served: Harness) -> None:
     """What the supervisor is for: an enabled helper without a listener lets nobody log in any more."""
     kill_supervisor()
     assert served.status().profiles[0].drift == ("conntrackd: its supervisor is gone",)
-    kill_and_wait(conntrackd(served))
+    kill(conntrackd(served))
     assert "Connected" not in topology.ftp("--verbose", "--head", within_s=3).stderr
     served.apply(FTP, ROUTER)
     assert topology.ftp(*PASSIVE).stdout == CONTENT
@@ -125,7 +102,7 @@ def test_a_new_supervisor_adopts_the_process(served: Harness) -> None:
     kill_supervisor()
     served.apply(FTP, ROUTER)
     assert conntrackd(served) == pid
-    kill_and_wait(pid)
+    kill(pid)
     wait_for_restarts(served, 1)
     wait_for_status(served, Status.ENABLED)
 
@@ -240,7 +217,7 @@ def test_a_replaced_registration_serves_again(served: Harness) -> None:
 # -- from nothing to nothing -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("file", "backend"), PROFILES, ids=lambda value: getattr(value, "stem", value))
+@pytest.mark.parametrize(("file", "backend"), turns(PROFILES), ids=lambda value: getattr(value, "stem", value))
 def test_every_shipped_profile(orch: Harness, file: Path, backend: str) -> None:
     """Applied, nothing differs; torn down, nothing is left."""
     text = file.read_text() + f"\nbackend: {backend}\n"

@@ -9,14 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
-from lab.control import FTP_PORT, Control, control
+from lab.control import Control, control
+from lab.ends import FTP_PORT
 from lab.topology import ROUTER, ftp, inside
 from orchestrator.events import ExpectationEvent, Stream
 from orchestrator.kernel.netns import find
 from orchestrator.ports import Lifetimes
 from orchestrator.status import HelperState
 from tests.hosts import Harness
-from tests.kernel.native import until
+from tests.waiting import until
 
 PROFILE = """
 profile: ftp

@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 
 from lab.control import control
+from lab.ends import FTP_PORT
 from lab.topology import ROUTER, ROUTER_FILTER, load_filter, run
 from orchestrator.kernel.cthelper import KernelRegistry
 from orchestrator.kernel.netns import find
 from orchestrator.supervise.launcher import LocalProcesses
 from tests.hosts import Harness
 from tests.kernel.conftest import REPORTS
-from tests.kernel.native import FTP_PORT, until
+from tests.waiting import until
 
 BLUE = "orch-blue"
 FTP = f"profile: ftp\nhelpers:\n  ftp: {{queueing: registration, attach: [{{path: incoming, ports: {FTP_PORT}}}]}}\n"

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from lab.control import FTP_PORT, MODES, control, listening, opened
+from lab.control import MODES, control
+from lab.ends import FTP_PORT, TFTP_PORT, listening, opened
 from lab.topology import CLIENT, CLIENT_IP, ROUTER, ROUTER_FILTER, SERVER, SERVER_IP, SERVER_IP6, load_filter
 from orchestrator.errors import HelperProcessError
 from tests.hosts import Harness
@@ -22,12 +23,11 @@ from tests.kernel.conftest import snapshot
 from tests.kernel.native import (
     FIGURES,
     QUEUEINGS,
-    TFTP_PORT,
     Router,
     ftp_and_tftp,
     router,
-    until,
 )
+from tests.waiting import until
 
 THREE_PORT, RAISING_PORT, HOSTILE_PORT, STEAM_PORT = 7070, 7071, 7072, 27036
 STEAM_QUERY = bytes.fromhex("ffffffff214c5fa0") + b"any"

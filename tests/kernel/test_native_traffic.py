@@ -16,7 +16,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from lab.control import MODES, control, listening, opened
+from lab.control import MODES, control
+from lab.ends import TFTP_PORT, listening, opened
 from lab.nat import Nat, load_nat
 from lab.topology import CLIENT, ROUTER, SERVER, inside, load_filter
 from tests.kernel.native import (
@@ -24,15 +25,14 @@ from tests.kernel.native import (
     FIGURES,
     PASSIVE,
     QUEUEINGS,
-    TFTP_PORT,
     Router,
     families,
     ftp_and_tftp,
     losing,
     router,
     starts_with,
-    until,
 )
+from tests.waiting import until
 
 RRQ = b"\0\1file\0octet\0"
 # An acknowledgement of segments that follow a lost one, where the lost one grew, is out of the window for the kernel:

@@ -24,8 +24,8 @@ from orchestrator.ports import ProcessSeen
 from orchestrator.session import DEFAULT_STATE
 from tests.hosts import Harness
 from tests.kernel.conftest import REPORTS, clean_orch, snapshot
-from tests.kernel.native import until
 from tests.metrics import samples
+from tests.waiting import until
 
 UNIT = "orch@ftp.service"
 EXPORTER = "orch-exporter.service"

@@ -6,6 +6,7 @@ Not in the suite: `make soak` sets ORCH_SOAK_S, how many seconds it takes, and O
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import random
 import signal
@@ -13,13 +14,14 @@ import sqlite3
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
 from lab.control import control
+from lab.ends import FTP_PORT, TFTP_PORT
 from lab.topology import CLIENT, ROUTER, ROUTER_FILTER, SERVER, inside, load_filter
 from orchestrator.kernel.netns import find
 from orchestrator.model import Status
@@ -27,8 +29,8 @@ from orchestrator.reports import Report
 from orchestrator.supervise.launcher import LocalProcesses
 from tests.hosts import Harness
 from tests.kernel.conftest import REPORTS, clean_orch, cli_here, snapshot
-from tests.kernel.native import FTP_PORT, TFTP_PORT, until
 from tests.trials import kill_watchdogs, pass_time, waiting
+from tests.waiting import until
 
 SECONDS = float(os.environ.get("ORCH_SOAK_S", "0"))
 SEED = int(os.environ.get("ORCH_SOAK_SEED", "0")) or random.SystemRandom().getrandbits(32)
@@ -228,7 +230,7 @@ class Soak:
             return
         self._apply()
         assert self.orch.diff(self.text, ROUTER).plan.is_empty
-        until(lambda: self._drift() == (), f"no drift: {self._drift()}")
+        until(lambda: self._drift() == (), lambda: f"no drift: {self._drift()}")
         with control() as talk:
             talk.transfer("PORT", self.random.randrange(40000, 41000))
         self._look()
@@ -237,12 +239,18 @@ class Soak:
         return next(p.drift for p in self.orch.status("soak", ROUTER).profiles)
 
     def _look(self) -> None:
+        gc.collect()
         pids = [os.getpid(), *self.processes.supervisors("soak", find(ROUTER).identity)]
         for pid in pids:
             held = Held.of(pid)
             if pid != os.getpid() or sum(self.done.values()) >= _WARM_ACTIONS:
                 self.first.setdefault(pid, held)
             self.last[pid] = held
+
+    def logs(self) -> Iterator[str]:
+        """What supervisors and helper processes said last."""
+        for file in sorted(self.orch.state_dir.glob("*/*.log")):
+            yield f"{file.parent.name}/{file.name}:\n" + "\n".join(file.read_text(errors="replace").splitlines()[-40:])
 
     def grown(self) -> list[str]:
         """Processes that hold more than at first."""
@@ -272,22 +280,18 @@ def rows(state_dir: Path) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count and name not in ("meta", "history", "namespace")}
 
 
-def ended(holds: Callable[[], bool]) -> None:
-    until(holds, "what was started has ended")
-
-
 def test_nothing_is_left_after_hours(soak: Soak) -> None:
     before = snapshot()
     deadline = time.monotonic() + SECONDS
     try:
         while time.monotonic() < deadline:
             soak.act()
-    except BaseException:
-        print(f"seed {SEED}\n" + "\n".join(soak.log[-30:]))
+    except BaseException as error:
+        print(f"seed {SEED}", *soak.log[-30:], *getattr(error, "leftovers", ()), *soak.logs(), sep="\n")
         raise
     reports: list[Report] = list(soak.orch.teardown(every_netns=True).reports)
     assert [report.leftovers for report in reports if report.leftovers] == []
-    ended(lambda: snapshot() == before)
+    until(lambda: snapshot() == before, "what was started has ended")
     assert rows(soak.orch.state_dir) == {}
     assert {p.name for p in soak.orch.state_dir.iterdir() if p.is_dir() and any(p.iterdir())} == set()
     assert soak.grown() == []

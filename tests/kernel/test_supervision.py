@@ -1,6 +1,6 @@
 """Helper processes that die, hang and keep dying while there is traffic: each is replaced, and nobody waits for that.
 
-ORCH_KILLS is how often a process is killed in each queueing, 20 times in the suite; `make soak-all` sets it.
+ORCH_KILLS is how often a process is killed in each queueing, 10 times in the suite; `make soak-all` sets it.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from pathlib import Path
 
 import pytest
 
-from lab.control import control, opened
+from lab.control import control
+from lab.ends import opened
 from lab.topology import CLIENT, ROUTER, SERVER_IP, run
 from orchestrator.kernel.netns import find
 from orchestrator.model import Status
 from orchestrator.ports import ProcessState, Supervised
-from orchestrator.supervise.supervisor import LOOK_S
+from orchestrator.supervise.looks import LOOK_S
 from tests.kernel.conftest import REPORTS
-from tests.kernel.native import QUEUEINGS, Router, ftp_and_tftp, router, until
+from tests.kernel.native import QUEUEINGS, Router, ftp_and_tftp, router
 from tests.processes import unsupervised
+from tests.waiting import until
 
 KILLS = int(os.environ.get("ORCH_KILLS", "10"))
 OFTEN = "{restart_limit: 1000, restart_window: 1s}"
@@ -73,7 +75,7 @@ def restarts(native: Router) -> int:
 
 
 def restarted(native: Router, times: int) -> float:
-    return until(lambda: restarts(native) == times, f"{times} restarts; it says {seen(native)}")
+    return until(lambda: restarts(native) == times, lambda: f"{times} restarts; it says {seen(native)}")
 
 
 def supervisor(native: Router) -> int:

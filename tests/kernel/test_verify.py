@@ -20,7 +20,7 @@ from orchestrator import cli
 from orchestrator.kernel.cthelper import KernelRegistry
 from orchestrator.model import HelperKey, L3Proto, L4Proto, Policy, Registration, Status
 from tests.kernel.conftest import HELPER_MODULES
-from tests.kernel.native import until
+from tests.waiting import until
 
 NATIVE = """
 profile: native

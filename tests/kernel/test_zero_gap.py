@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from lab.control import Control, control
+from lab.ends import FTP_PORT
 from lab.topology import ROUTER, ROUTER_FILTER, load_filter
 from orchestrator import launches
 from orchestrator.engine.counters import Snapshot
@@ -29,7 +30,8 @@ from orchestrator.state import describe
 from orchestrator.verify.expectations import Events, expectations_made
 from tests.hosts import Harness
 from tests.kernel.conftest import REPORTS, clean_orch
-from tests.kernel.native import FTP_PORT, QUEUEINGS, until
+from tests.kernel.native import QUEUEINGS
+from tests.waiting import until
 
 UPDATES = int(os.environ.get("ORCH_UPDATES", "4"))
 FIGURES = REPORTS.setdefault("updates without a gap", [])

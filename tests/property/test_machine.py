@@ -140,17 +140,22 @@ class Host(RuleBasedStateMachine):
         app = self.orch.app(place[1])
         for applied in app.applied(place[0]):
             self.kernel.now += 0 if self.is_waiting() else 60
-            outcome = drift.mend(app, applied.owner, drift.Limits()).outcome
+            report = drift.mend(app, applied.owner, drift.Limits())
             status = self.orch.status()
-            if outcome in (drift.Outcome.RIGHT, drift.Outcome.MENDED):
+            if report.outcome in (drift.Outcome.RIGHT, drift.Outcome.MENDED) and not report.is_partial:
                 assert not any(profile.drift for profile in status.profiles if profile.owner == applied.owner)
             self.is_broken = self.is_broken and not status.is_right
 
     @precondition(lambda self: not self.is_waiting())
     @rule()
     def mend(self) -> None:
-        """Everything is applied once more; where that is refused, as others block it, it is taken down before."""
-        for place, text in list(self.applied.items()):
+        """Everything is applied once more; where that is refused, as others block it, it is taken down before.
+
+        And again: what waited for others, and those were taken down, does not any more.
+        """
+        for place, text in 2 * list(self.applied.items()):
+            if place not in self.applied:
+                continue
             try:
                 self.orch.apply(text, place[1])
             except OrchError:

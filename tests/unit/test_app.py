@@ -14,6 +14,8 @@ from orchestrator.errors import Interrupted, KernelError, OrchError, PreflightEr
 from orchestrator.fake import FakeKernel, FakeNetns, FakeRules
 from orchestrator.model import Backend, HelperKey, L3Proto, L4Proto, Netns, QueueRow, Rules, Status
 from orchestrator.reports import PlanRefusedError
+from orchestrator.views import human
+from orchestrator.views.human import Paint
 from tests.hosts import FTP, Harness
 
 OWN = HelperKey("ftp-us", L3Proto.IP, L4Proto.TCP)
@@ -450,9 +452,20 @@ def test_enabling_does_not_block_another_namespace(orch: Harness, kernel: FakeKe
         orch.apply(FTP, name)
     for pid in list(kernel.running_processes):
         kernel.kill(pid)
-    assert "cannot enable ftp-us/ip/tcp: profile ftp in netns red uses it and nobody listens" in refusal(
-        orch, FTP, "blue"
+    waits = (
+        "ftp-us/ip/tcp stays disabled: profile ftp in netns red uses it, and nobody listens on its queue there; "
+        "apply that first, or tear it down"
     )
+    assert waits in orch.apply(FTP, "blue").notes
+    assert orch.steps[-2:] == ["start conntrackd", "put back registrations"]
+    assert orch.status("ftp", "blue").profiles[0].drift == (waits,)
+    assert orch.apply(FTP, "blue").notes == (waits,), "there is nothing else to do"
+    shown = human.difference_text(orch.diff(FTP, "blue"), Paint(is_on=False), is_full=False)
+    assert shown == f"{waits}\nNo changes for now.\n"
+    assert kernel.deaf() == []
+    orch.apply(FTP, "red")
+    assert orch.steps[-1] == "enable helper ftp-us/ip/tcp"
+    assert orch.status().is_right
 
 
 def test_a_dead_supervisor_is_drift_and_mended(orch: Harness, kernel: FakeKernel) -> None:

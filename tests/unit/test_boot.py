@@ -6,6 +6,8 @@ Under a real systemd they are in tests/kernel/test_boot.py.
 from __future__ import annotations
 
 import os
+import resource
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator import boot, cli
-from orchestrator.errors import RefusedError, UsageError
+from orchestrator.errors import OrchError, RefusedError, UsageError
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "boot"
@@ -173,6 +175,18 @@ def written(profile: str, file: str, unit_dir: Path, netns: str = "", *, is_name
     return boot.enable(boot.documents(unit), unit_dir, is_now=False)
 
 
+def test_a_disk_that_is_full_leaves_nothing(unit_dir: Path) -> None:
+    units = boot.documents(CASES["host"])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(units[0].text) // 2, hard))
+    try:
+        with pytest.raises(OrchError, match=f"cannot write {unit_dir}/orch-ftp.service: File too large"):
+            boot.enable(units, unit_dir, is_now=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(unit_dir.iterdir()) == []
+
+
 @pytest.mark.parametrize("first, second", [("blue", "red"), ("", "blue"), ("blue", ""), ("/a/blue", "/b/blue")])
 @pytest.mark.parametrize("is_named", [True, False])
 def test_of_two_namespaces_the_second_does_not_take_the_units_of_the_first(
@@ -223,6 +237,7 @@ def test_a_profile_is_disabled_by_name_whatever_its_namespace(unit_dir: Path) ->
     assert not list(unit_dir.iterdir())
 
 
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd")
 def test_systemd_finds_nothing_wrong_with_the_units(tmp_path: Path) -> None:
     """`systemd-analyze verify` of a host with the programs that the units name."""
     for unit in boot.documents(replace(CASES["blue"], command="/bin/true")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -173,6 +174,81 @@ def test_streams_that_were_closed_before_the_start(closed: str) -> None:
         command = f'exec "$0" -m orchestrator {arguments} {closed}'
         done = subprocess.run(["sh", "-c", command, sys.executable], capture_output=True, text=True, check=False)
         assert (done.returncode, "Traceback" in done.stderr) == (code, False)
+
+
+def _run(file: Path, *argv: str, stdout: int, is_buffered: bool) -> tuple[int, str]:
+    """Exit code and standard error of a real command that writes into `stdout`."""
+    variables = {**os.environ, "PYTHONUNBUFFERED": "" if is_buffered else "1"}
+    command = [sys.executable, "-m", "orchestrator", *argv]
+    done = subprocess.run(
+        command,
+        cwd=file.parent,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        env=variables,
+        timeout=60,
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("is_buffered", [True, False])
+@pytest.mark.parametrize("command", ["check profile.yaml", "schema", "status --watch"])
+def test_a_reader_that_went_away_is_no_failure(orch: Terminal, command: str, *, is_buffered: bool) -> None:
+    file = Path(orch.profile(FTP + "families: [ip]\n"))
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        assert _run(file, *command.split(), stdout=writing, is_buffered=is_buffered) == (ExitCode.OK, "")
+    finally:
+        os.close(writing)
+
+
+@pytest.mark.parametrize("is_buffered", [True, False])
+@pytest.mark.parametrize("command", ["check profile.yaml", "schema"])
+def test_output_for_which_there_is_no_room_is_a_failure(orch: Terminal, command: str, *, is_buffered: bool) -> None:
+    file = Path(orch.profile(FTP + "families: [ip]\n"))
+    with Path("/dev/full").open("w") as full:
+        code, err = _run(file, *command.split(), stdout=full.fileno(), is_buffered=is_buffered)
+    assert code == ExitCode.FAILED
+    assert err.startswith("error: No space left on device\n")
+    assert ("Traceback" in err, err.count("error: ")) == (False, 1)
+
+
+def test_no_command_shows_the_help_once(orch: Terminal) -> None:
+    code, out, err = orch()
+    assert (code, out) == (ExitCode.USAGE, "")
+    assert (err.count("Usage: "), "error" in err) == (1, False)
+
+
+@pytest.mark.parametrize("words", ["diff {}", "apply {}", "teardown", "status", "enable {} --dry-run", "disable ftp"])
+def test_an_empty_namespace_is_not_that_of_the_caller(orch: Terminal, words: str) -> None:
+    """As a script gives it whose variable is empty: what was meant for a namespace would be done to the host."""
+    before = orch.kernel.dump_text()
+    code, out, err = orch(*words.format(orch.profile()).split(), "--netns", "")
+    assert (code, out) == (ExitCode.USAGE, "")
+    assert "'--netns'" in err
+    assert orch.kernel.dump_text() == before
+
+
+@pytest.mark.parametrize("word", ["gone.yaml", "/etc/orch/gone.yaml", "Office"])
+def test_what_is_neither_a_file_nor_a_name_is_not_said_to_be_disabled(orch: Terminal, word: str) -> None:
+    """The file of an enabled profile may be gone or misspelt; its unit would stay."""
+    code, out, err = orch("disable", word, "--unit-dir", str(orch.directory))
+    assert (code, out) == (ExitCode.FAILED, "")
+    assert err == (
+        f"error: cannot read the profile: no such file\n  where: {word}\n"
+        "  hint:  give its name: systemctl list-unit-files 'orch-*' lists the units\n"
+    )
+
+
+@pytest.mark.parametrize("words", ["diff {}", "apply {}", "teardown", "status", "history", "confirm"])
+def test_a_state_directory_that_is_a_file(orch: Terminal, words: str) -> None:
+    file = orch.profile()
+    code, out, err = orch(*words.format(file).split(), "--state-dir", file)
+    assert (code, out) == (ExitCode.FAILED, "")
+    assert err.endswith(f"error: the state directory is not a directory\n  where: {file}\n  hint:  set --state-dir\n")
 
 
 def test_a_closed_stderr_does_not_stop_the_work(orch: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 
 from orchestrator.app import App
 from orchestrator.drift import Limits, MendReport, Outcome, mend, wait_s
-from orchestrator.errors import KernelError
-from orchestrator.fake import FakeKernel
+from orchestrator.errors import KernelError, RollbackError
+from orchestrator.fake import FakeClock, FakeKernel
 from orchestrator.model import Backend, HelperKey, L3Proto, L4Proto, QueueRow
 from orchestrator.ports import ProcessState, Supervised
 from orchestrator.reports import PlanRefusedError, Trial
-from orchestrator.state import Mending, Owner, Repair
+from orchestrator.state import LoadRules, Mending, Owner, Repair
 from tests.hosts import FTP, Harness, both
 
 OWN = HelperKey("ftp-us", L3Proto.IP, L4Proto.TCP)
@@ -33,6 +33,10 @@ LOAD = f"load rules {TABLE}"
 ENABLE = f"enable helper {OWN}"
 LIMITS = Limits()
 SECONDS = st.floats(0, 300)
+
+
+class Killed(BaseException):
+    """What nobody catches."""
 
 
 @pytest.fixture
@@ -254,6 +258,25 @@ def test_live_connections_are_not_cut_without_a_person(orch: Harness, kernel: Fa
     assert kernel.dump_text() == drifted
     kernel.namespaces[""].connections.clear()
     assert look(orch).outcome is Outcome.MENDED
+
+
+def test_nor_are_those_of_another_namespace_that_uses_the_same_registration(tmp_path: Path) -> None:
+    """7.3 unregisters what rules refer to, wherever they are."""
+    kernel = FakeKernel(delete_ignores_references=True)
+    orch = Harness(kernel.system(), tmp_path)
+    for name in ("blue", "red"):
+        kernel.add_netns(name)
+        orch.apply(FTP, name)
+    kernel.namespaces["red"].connections["ftp-us"] = 2
+    take_registration_over(kernel)
+    blue = next(applied.owner for applied in orch.app().applied() if applied.owner.netns.label == "blue")
+    report = mend(app(orch), blue, LIMITS)
+    assert (report.outcome, report.reason) == (
+        Outcome.FAILED,
+        "2 live connections would lose their helper: orch apply asks first",
+    )
+    kernel.namespaces["red"].connections.clear()
+    assert mend(app(orch), blue, LIMITS).outcome is Outcome.MENDED
 
 
 @pytest.mark.parametrize("state", [ProcessState.STARTING, ProcessState.BACKOFF, ProcessState.STOPPING])
@@ -507,6 +530,128 @@ def test_what_fails_keeps_nothing_else_from_being_mended(drifted: set[str], hope
         assert orch.status().is_right
 
 
+BROKEN = "conntrackd ended at once"
+
+
+def kill_and_edit(kernel: FakeKernel) -> None:
+    """Two parts, of which one cannot be mended."""
+    kernel.dying_programs = {"conntrackd"}
+    edit_table(kernel)
+    kill_process(kernel)
+
+
+def test_what_fails_beside_what_is_mended_is_said_at_once_and_once(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(FTP)
+    kill_and_edit(kernel)
+    first = look(orch)
+    assert (first.outcome, first.reason, first.is_partial) == (Outcome.MENDED, f"not the rest: {BROKEN}", True)
+    assert orch.status().profiles[0].mending == BROKEN
+    kernel.now += first.again_in_s
+    second = look(orch)
+    assert (second.outcome, second.reason, second.is_news) == (Outcome.FAILED, BROKEN, False)
+
+
+def test_what_never_was_mended_is_not_said_to_change_again(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(FTP)
+    kill_and_edit(kernel)
+    assert look(orch, Limits(repairs=1)).outcome is Outcome.MENDED
+    given_up = look(orch, Limits(repairs=1))
+    assert given_up.outcome is Outcome.GIVEN_UP
+    assert f"conntrackd was to be mended 1 times within 60 s, and is not right ({BROKEN})" in given_up.reason
+
+
+def test_all_parts_that_are_right_are_the_whole(orch: Harness, kernel: FakeKernel) -> None:
+    """What failed was a matter of the moment."""
+    orch.apply(FTP)
+    edit_table(kernel)
+    kill_process(kernel)
+    kernel.fail_at(len(MENDABLE["a process is killed"].steps) - 1, errno.ENOMEM)
+    report = look(orch)
+    assert (report.outcome, report.is_partial, report.reason) == (Outcome.MENDED, False, "")
+    assert orch.status().is_right
+    assert orch.status().profiles[0].mending == ""
+
+
+def on_sleep(orch: Harness, kernel: FakeKernel, act: Callable[[], None]) -> None:
+    """Something happens while orch waits."""
+    orch.system = replace(orch.system, clock=FakeClock(kernel, act))
+
+
+def test_others_have_their_turn_between_the_parts(orch: Harness, kernel: FakeKernel) -> None:
+    """A process that is not ready takes half a minute each time: who wants the lock does not wait for all of them."""
+    orch.apply(TWO)
+    disturb(kernel, "process ftp")
+    disturb(kernel, "process tftp")
+    kernel.on_modify = refuse({"process ftp", "process tftp"})
+    was_locked: list[bool] = []
+    with app(orch).reading() as ledger:
+        on_sleep(orch, kernel, lambda: was_locked.append(ledger.is_locked()))
+        report = look(orch)
+    assert (report.outcome, was_locked) == (Outcome.FAILED, [False, False])
+    assert report.reason.count("EINVAL") == 2, "each is said"
+
+
+def test_what_is_applied_between_the_parts_stays(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(TWO)
+    disturb(kernel, "process ftp")
+    disturb(kernel, "rules")
+    kernel.on_modify = refuse({"process ftp"})
+    other = TWO.replace("  tftp:", "  tftp2: {use: tftp}\n  #")
+
+    def apply_another() -> None:
+        kernel.on_modify = None
+        orch.apply(other)
+
+    on_sleep(orch, kernel, apply_another)
+    report = look(orch)
+    assert (report.outcome, report.again_in_s > 0) == (Outcome.WAITING, True)
+    assert orch.diff(other).plan.is_empty
+    assert orch.status().is_right
+
+
+def test_rules_that_were_emptied_can_be_undone(orch: Harness, kernel: FakeKernel) -> None:
+    """Nobody knows what there was of them: killed on its way, a repair would keep every other command waiting."""
+    orch.apply(FTP)
+    before = kernel.dump_text()
+    empty_table(kernel)
+
+    def kill(operation: str, _key: str) -> None:
+        if operation == "load rules":
+            raise Killed
+
+    kernel.on_modify = kill
+    with pytest.raises(Killed):
+        look(orch)
+    kernel.on_modify = None
+    assert orch.teardown("nobody").reports == ()
+    assert not orch.status().unsettled
+    kernel.now += LIMITS.within_s
+    assert look(orch).outcome is Outcome.MENDED
+    assert kernel.dump_text() == before
+
+
+def leave_half_done(orch: Harness) -> None:
+    """A killed apply whose rules of before nobody knows any more."""
+    rules = both(FTP)[1].rules
+    with app(orch).settled("test") as ledger:
+        tx = ledger.begin("apply", owner(orch), (LoadRules(replace(rules, digest="0ld", documents=()), rules),))
+        ledger.intend(tx, 0)
+
+
+@pytest.mark.parametrize("drifts", [True, False])
+def test_what_cannot_be_undone_is_over_once_all_is_right(orch: Harness, kernel: FakeKernel, *, drifts: bool) -> None:
+    orch.apply(FTP)
+    before = kernel.dump_text()
+    leave_half_done(orch)
+    with pytest.raises(RollbackError):
+        orch.teardown("nobody")
+    if drifts:
+        kill_process(kernel)
+    assert look(orch).outcome is (Outcome.MENDED if drifts else Outcome.RIGHT)
+    assert not orch.status().unsettled
+    assert kernel.dump_text() == before
+
+
 def test_an_apply_makes_it_mend_again(orch: Harness, kernel: FakeKernel) -> None:
     orch.apply(FTP)
     limits = Limits(repairs=1)
@@ -628,10 +773,6 @@ def test_rules_elsewhere_that_hold_on_to_a_registration_that_was_made_again(orch
     assert kernel.dump_text() == before
     assert orch.status().is_right
     assert orch.apply(FTP).plan.is_empty
-
-
-class Killed(BaseException):
-    """What nobody catches."""
 
 
 @pytest.mark.parametrize("first", ["", "blue"])

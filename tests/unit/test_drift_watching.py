@@ -24,18 +24,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orchestrator.drift import MendReport, Outcome
 from orchestrator.engine import netlink
+from orchestrator.errors import Interrupted
+from orchestrator.fake import FakeKernel
 from orchestrator.journal import Ledger, note_child
 from orchestrator.kernel.clock import MonotonicClock
 from orchestrator.kernel.iptables import IptablesRules
 from orchestrator.kernel.netns import entered, find, scratch
-from orchestrator.model import Backend, Document, Rules, is_profile_name
+from orchestrator.model import Backend, Document, Netns, Rules, is_profile_name
+from orchestrator.state import Owner
 from orchestrator.supervise import watching
 from orchestrator.supervise.errands import Errands
 from orchestrator.supervise.glance import glance
 from orchestrator.supervise.lifecycle import Life
 from orchestrator.supervise.reactor import Reactor
 from orchestrator.supervise.watching import Commit, CommitReader, Commits, Reconciler
+from orchestrator.watcher import Watcher, look_once
+from tests.hosts import Harness
+from tests.processes import local_processes
 
 WITHIN_S = 60
 CONFIG = 0x302  # NFNL_SUBSYS_QUEUE, NFQNL_MSG_CONFIG
@@ -272,8 +279,95 @@ def test_a_look_that_waits_does_not_outlive_the_wish_for_it(runtime_dir: str) ->
     assert supervisor.said[-1] == "drift is not mended any more", "that it was ended is no trouble"
 
 
+@root
+@pytest.mark.slow
+def test_there_is_one_look_at_a_time(runtime_dir: str) -> None:
+    """Turned off and on again while one is under way: the next one comes after it."""
+    supervisor = Supervisor()
+    children = Sleepers(supervisor, {})
+    with scratch():
+        reconciler = Reconciler(supervisor, children, profile="ftp", state_dir=runtime_dir)
+        reconciler._look()
+        Path(watching.FILE).unlink()
+        reconciler._toggle()
+        Path(watching.FILE).touch()
+        reconciler._toggle()
+        assert reconciler._timer is None
+        supervisor.on_reaped(children.pid, os.waitstatus_to_exitcode(os.waitpid(children.pid, 0)[1]))
+        assert reconciler._timer is not None
+        assert reconciler._timer.callback == reconciler._look
+        Path(watching.FILE).unlink()
+        reconciler._toggle()
+
+
+def test_a_signal_in_the_middle_of_a_look_is_no_news(tmp_path: Path) -> None:
+    """It ends the loop, which hears of it as well."""
+    told: list[MendReport] = []
+
+    def mend(_owner: Owner) -> MendReport:
+        raise Interrupted(signal.SIGTERM)
+
+    with local_processes(tmp_path) as processes:
+        app = Harness(FakeKernel().system(), tmp_path).app()
+        watcher = Watcher(
+            app, processes, profile="", interval_s=30, mend=mend, tell=lambda report, _who: told.append(report)
+        )
+        at = ("ftp", "0:1")
+        watcher._owners[at] = Owner("ftp", Netns("host", "", "0:1"))
+        watcher._look(at)
+    assert told == []
+
+
 def test_no_file_that_a_supervisor_looks_for_is_taken_for_a_profile() -> None:
     assert not is_profile_name(watching.FILE)
+
+
+# -- looking once ------------------------------------------------------------------------------------------------------
+
+
+AT = Owner("ftp", Netns("host", "", "0:1"))
+
+
+def test_who_holds_the_lock_is_waited_for_only_so_long() -> None:
+    """Each look waits for the lock by itself, as long as any command does."""
+    clock = [0.0]
+    told: list[MendReport] = []
+
+    def pass_by(seconds: float) -> None:
+        clock[0] += seconds
+
+    def mend(owner: Owner) -> MendReport:
+        pass_by(6.0)
+        return MendReport(owner, Outcome.WAITING, again_in_s=0.5)
+
+    reports = look_once(
+        [AT], mend, told.append, within_s=10.0, sleep=pass_by, interrupted=lambda: 0, now=lambda: clock[0]
+    )
+    assert (told, clock[0]) == (reports, 12.5)
+
+
+def test_a_look_that_mends_does_not_use_up_the_time_to_wait() -> None:
+    clock = [0.0]
+    told: list[MendReport] = []
+    outcomes = [Outcome.MENDED, Outcome.WAITING, Outcome.RIGHT]
+
+    def mend(owner: Owner) -> MendReport:
+        clock[0] += 60.0 if outcomes[0] is Outcome.MENDED else 0.0
+        return MendReport(owner, outcomes.pop(0), again_in_s=0.5 if outcomes else 0.0)
+
+    reports = look_once(
+        [AT], mend, told.append, within_s=10.0, sleep=lambda _: None, interrupted=lambda: 0, now=lambda: clock[0]
+    )
+    assert [report.outcome for report in told] == [Outcome.MENDED, Outcome.RIGHT]
+    assert reports == told[1:]
+
+
+def test_a_signal_ends_the_wait() -> None:
+    def mend(owner: Owner) -> MendReport:
+        return MendReport(owner, Outcome.WAITING, again_in_s=0.5)
+
+    with pytest.raises(Interrupted):
+        look_once([AT], mend, lambda _: None, within_s=10.0, sleep=lambda _: None, interrupted=lambda: signal.SIGTERM)
 
 
 # -- orch on a real namespace ------------------------------------------------------------------------------------------
@@ -310,6 +404,13 @@ class Child:
         while word not in (line := self.lines.get(timeout=WITHIN_S)):
             pass
         return line
+
+    def lines_with(self, *words: str) -> None:
+        """Lines with each of the words, in any order."""
+        left = set(words)
+        while left:
+            line = self.lines.get(timeout=WITHIN_S)
+            left = {word for word in left if word not in line}
 
     def end(self, number: signal.Signals) -> int:
         self.process.send_signal(number)
@@ -437,7 +538,7 @@ def test_a_signal_ends_once_in_order(netns: str, profile: Path) -> None:
 def test_a_supervisor_reconciles(netns: str, profile: Path) -> None:
     state = profile.parent / "state"
     with started(orch(state, "run", str(profile))) as service:
-        service.line_with("drift is mended from now on")
+        service.lines_with("drift is mended from now on", "Verified.")  # a flush before that would undo the apply
         inside(netns, "nft", "flush", "ruleset")
         assert "nft (pid " in service.line_with("changed rules")
         service.line_with("mended: inet orch-ftp missing")

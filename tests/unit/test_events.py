@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,8 +32,10 @@ from orchestrator.supervise.lifetimes import Expected, Fate
 from orchestrator.views import events as view
 from orchestrator.views.human import Paint
 from tests.hosts import both
+from tests.namespaces import named_netns
 from tests.processes import PROFILE as PROFILE_NAME
-from tests.processes import local_processes, wait_for
+from tests.processes import local_processes
+from tests.waiting import until
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "events"
 WITHIN_S = 30.0
@@ -181,11 +182,9 @@ def orch(state: Path, *argv: str) -> list[str]:
 
 @pytest.fixture
 def netns() -> Iterator[str]:
-    name = f"orch-{uuid.uuid4().hex[:8]}"
-    subprocess.run(["ip", "netns", "add", name], check=True)
-    subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True)
-    yield name
-    subprocess.run(["ip", "netns", "delete", name], check=True)
+    with named_netns() as name:
+        subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True)
+        yield name
 
 
 @pytest.fixture
@@ -354,12 +353,12 @@ def test_a_supervisor_counts_the_expectations_of_its_namespace(
     talk = Talk(netns)
     talk.announce(40001)
     talk.transfer(40001)
-    wait_for(processes, lambda: counted(processes, there).used == 1)
+    until(lambda: counted(processes, there).used == 1, "one was used")
     talk.announce(40002)
     delete_connections(netns)
-    wait_for(processes, lambda: counted(processes, there).cancelled >= 1)
+    until(lambda: counted(processes, there).cancelled >= 1, "one has no connection any more")
     talk.close()
-    wait_for(processes, lambda: ends(counted(processes, there)) == counted(processes, there).made >= 2)
+    until(lambda: ends(counted(processes, there)) == counted(processes, there).made >= 2, "all have ended")
 
 
 def counted(processes: LocalProcesses, netns: Netns) -> Lifetimes:

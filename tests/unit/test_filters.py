@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from orchestrator.kernel.filters import unrelated_chains, unrelated_saved
+from tests import listings
+from tests.listings import FROM_LAN
 
 ACCEPT = {"accept": None}
 DROP = {"drop": None}
-FROM_LAN = {"match": {"op": "==", "left": {"meta": {"key": "iifname"}}, "right": "lan0"}}
 
 
 def state(right: Any, op: str = "in") -> dict[str, Any]:
@@ -26,16 +27,7 @@ def vmap(key: Any, *branches: Any) -> dict[str, Any]:
 
 
 def table(*rules: list[Any], policy: str = "drop", hook: str = "forward", **others: list[list[Any]]) -> list[Any]:
-    """A table with a base chain of these rules, and other chains."""
-    place = {"family": "inet", "table": "filter"}
-    base = {"chain": {**place, "name": "base", "type": "filter", "hook": hook, "prio": 0, "policy": policy}}
-    chains = [{"chain": {**place, "name": name}} for name in others]
-    listed = [
-        {"rule": {**place, "chain": name, "expr": rule}}
-        for name, them in {"base": rules, **others}.items()
-        for rule in them
-    ]
-    return [base, *chains, *listed]
+    return listings.table("filter", rules, others, policy=policy, hook=hook)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -24,8 +23,10 @@ from orchestrator.journal import Ledger
 from orchestrator.kernel.clock import MonotonicClock
 from orchestrator.supervise import control, foreground
 from orchestrator.supervise.order import Order
+from tests.waiting import until
 
 WITHIN_S = 30
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 ROOT = str(Path(__file__).parents[2])
 FAILING = """
 import signal, sys
@@ -204,12 +205,8 @@ def reported(running: Running) -> dict[str, Any]:
     return found
 
 
-def wait_for(running: Running, holds: Callable[[Mapping[str, Any]], bool]) -> dict[str, Any]:
-    deadline = time.monotonic() + WITHIN_S
-    while not holds(report := reported(running)):
-        assert time.monotonic() < deadline, report
-        time.sleep(0.01)
-    return report
+def wait_for(running: Running, holds: Callable[[Mapping[str, Any]], bool]) -> None:
+    until(lambda: holds(reported(running)), lambda: f"it reports {reported(running)}")
 
 
 @contextlib.contextmanager
@@ -224,6 +221,7 @@ def cleaned_up(running: Running) -> Iterator[None]:
                 os.kill(pid, signal.SIGKILL)
 
 
+@needs_root
 def test_what_its_teardown_leaves_is_looked_after_in_the_background(tmp_path: Path) -> None:
     with started(tmp_path, apply=sleeping(tmp_path), teardown="exit 3") as running, cleaned_up(running):
         running.hear()
@@ -231,12 +229,13 @@ def test_what_its_teardown_leaves_is_looked_after_in_the_background(tmp_path: Pa
         running.process.terminate()
         code, said = running.end()
         assert (code, said.splitlines()[-1]) == (3, "not stopped, and left to a supervisor in the background: idle")
-        report = wait_for(running, lambda report: report["pid"] != running.process.pid)
-        assert report["processes"]["idle"]["pid"] == pid
+        wait_for(running, lambda report: report["pid"] != running.process.pid)
+        assert reported(running)["processes"]["idle"]["pid"] == pid
         os.kill(pid, signal.SIGKILL)
         wait_for(running, lambda report: report["processes"]["idle"]["restarts"] == 1)
 
 
+@needs_root
 def test_it_begins_anew_after_a_mistake_of_its_own_and_once_only(tmp_path: Path) -> None:
     """What runs goes on, and is looked after; a second time it ends, and leaves that to another."""
     once = tmp_path / "once"
@@ -273,7 +272,7 @@ def test_a_mistake_in_the_end_does_not_make_it_apply_again(tmp_path: Path) -> No
         assert "applied" not in running.end()[1]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+@needs_root
 def test_it_takes_over_under_the_lock(tmp_path: Path) -> None:
     profile = tmp_path / "ftp.yaml"
     profile.write_text("profile: ftp\nhelpers:\n  ftp: {engine: kernel}\n")

@@ -7,23 +7,15 @@ from typing import Any
 import pytest
 
 from orchestrator.kernel.foreign_queues import queueing_chains, queueing_saved
+from tests import listings
+from tests.listings import FROM_LAN
 
 QUEUE = {"queue": {"num": 3, "flags": "bypass"}}
 XT_QUEUE = {"xt": {"type": "target", "name": "NFQUEUE"}}
-FROM_LAN = {"match": {"op": "==", "left": {"meta": {"key": "iifname"}}, "right": "lan0"}}
 
 
 def table(*rules: list[Any], hook: str = "forward", prio: int = 0, **others: list[list[Any]]) -> list[Any]:
-    """A table with a base chain of these rules, and other chains."""
-    place = {"family": "inet", "table": "ips"}
-    base = {"chain": {**place, "name": "base", "type": "filter", "hook": hook, "prio": prio, "policy": "accept"}}
-    chains = [{"chain": {**place, "name": name}} for name in others]
-    listed = [
-        {"rule": {**place, "chain": name, "expr": rule}}
-        for name, them in {"base": rules, **others}.items()
-        for rule in them
-    ]
-    return [base, *chains, *listed]
+    return listings.table("ips", rules, others, policy="accept", hook=hook, prio=prio)
 
 
 @pytest.mark.parametrize(

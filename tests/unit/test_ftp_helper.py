@@ -283,8 +283,8 @@ def test_every_line_that_opens_something_begins_with_a_trigger() -> None:
 )
 def test_no_text_is_slow(unit: bytes) -> None:
     """64 KiB take milliseconds; were a pattern quadratic, it would be minutes."""
-    begun = time.monotonic()
+    begun = time.process_time()
     for head in (b"", b"PORT ", b"EPRT |1|", b"227 ", b"229 ("):
         text = (head + unit * 65536)[:65536]
         Session(private=b"\1\1\0\0").client(text).server(text)
-    assert time.monotonic() - begun < 5
+    assert time.process_time() - begun < 5

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import patch
@@ -19,6 +17,7 @@ from orchestrator.kernel import iptables, modules
 from orchestrator.kernel.netns import find
 from orchestrator.model import Backend
 from tests.hosts import Harness
+from tests.namespaces import named_netns
 
 NEEDED = ("ip", "iptables-legacy", "iptables-nft")
 SBIN = "/usr/sbin:/usr/bin:/sbin:/bin"
@@ -91,13 +90,9 @@ class Place:
 
 @pytest.fixture(params=[Backend.IPTABLES_LEGACY, Backend.IPTABLES_NFT], ids=str)
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
-    name = f"orch-{uuid.uuid4().hex[:8]}"
-    subprocess.run(["ip", "netns", "add", name], check=True)
     state = tmp_path / "state"
-    try:
+    with named_netns() as name:
         yield Place(Harness(kernel_system(state), state), name, request.param, tmp_path)
-    finally:
-        subprocess.run(["ip", "netns", "delete", name], check=True)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -35,6 +35,7 @@ from orchestrator.supervise import filters, traces
 from tests.processes import DOCUMENT, QUEUE
 from tests.processes import NAME as PROCESS_NAME
 from tests.unit.test_loop import CLONE_NEWNET, QUEUE_NUM, WAIT_S, Net, a_net
+from tests.waiting import until
 
 ROOT = str(Path(__file__).parents[2])
 NAME = "unit"
@@ -161,19 +162,19 @@ def test_every_packet_comes_once_and_in_order_while_five_successors_take_over(pl
     assert 0 < told.counters.busy_ns < 10**9 * WAIT_S
 
 
-@pytest.mark.parametrize("until", ["connected", "told", "ready", "gone on"])
-def test_a_successor_that_gives_up_leaves_everything_as_it_was(place: Place, until: str) -> None:
+@pytest.mark.parametrize("stage", ["connected", "told", "ready", "gone on"])
+def test_a_successor_that_gives_up_leaves_everything_as_it_was(place: Place, stage: str) -> None:
     place.passes(b"before")
     peer = place.peer()
-    if until != "connected":
+    if stage != "connected":
         left = peer.take([QUEUE_NUM])
         place.net.send(b"meanwhile")
         left.listener.close()
         os.close(left.queue_socket)
         os.close(left.page)
-        if until == "gone on":
+        if stage == "gone on":
             peer.begin()
-        if until == "ready":
+        if stage == "ready":
             handover._send(peer._channel, handover._READY)
         peer.close()
         assert place.net.receive(1) == [b"meanwhile"]
@@ -199,7 +200,7 @@ def test_a_queue_is_configured_as_before_when_a_successor_gives_up(
     peer.close()
     place.passes(b"it goes on")
     place.first.send_signal(signal.SIGSTOP)
-    until(lambda: traces.is_stopped(place.first.pid))
+    until(lambda: traces.is_stopped(place.first.pid), "it is stopped")
     place.net.send(b"first", b"second", b"third")
     place.net.receiver.settimeout(0)
     with pytest.raises(BlockingIOError):  # a full queue that fails open would let the second pass
@@ -416,7 +417,7 @@ def test_whole_processes_hand_over_with_all_that_holds_them(tmp_path: Path) -> N
     def start(name: str) -> subprocess.Popen[bytes]:
         process = subprocess.Popen([sys.executable, "-I", "-S", "-c", PROCESS, ROOT, name], cwd=tmp_path)
         started.append(process)
-        until(lambda: is_ready(page, process.pid))
+        until(lambda: is_ready(page, process.pid), "it is ready")
         return process
 
     def run(name: str) -> int:
@@ -466,13 +467,6 @@ def unshare_net() -> None:
 def queues() -> list[int]:
     lines = Path("/proc/thread-self/net/netfilter/nfnetlink_queue").read_text().splitlines()
     return [int(line.split()[0]) for line in lines]
-
-
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_what_an_inspector_knows_goes_through_json() -> None:

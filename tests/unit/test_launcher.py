@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from orchestrator.errors import HelperProcessError
 from orchestrator.kernel.netns import find
 from orchestrator.model import Netns
 from orchestrator.supervise.launcher import LocalProcesses
+from tests.namespaces import named_netns
 from tests.processes import DOCUMENT, NAME, OWN_HELPER, PROFILE, begun, launch, local_processes, own_document
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and ip(8)")
@@ -25,12 +25,8 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None,
 
 @pytest.fixture
 def netns() -> Iterator[Netns]:
-    name = f"orch-{uuid.uuid4().hex[:8]}"
-    subprocess.run(["ip", "netns", "add", name], check=True)
-    try:
+    with named_netns() as name:
         yield find(name)
-    finally:
-        subprocess.run(["ip", "netns", "delete", name], check=True)
 
 
 @pytest.fixture
@@ -122,6 +118,19 @@ def test_what_somebody_else_starts_is_not_ours(processes: LocalProcesses, tmp_pa
         finally:
             foreign.kill()
             ours.kill()
+
+
+def test_one_that_becomes_another_program_right_now_is_seen(processes: LocalProcesses, tmp_path: Path) -> None:
+    """As each does at its start: for a moment it has neither arguments nor an environment."""
+    script = tmp_path / "again"
+    script.write_text('#!/bin/sh\nexec "$0"\n')
+    script.chmod(0o755)
+    environment = {"PATH": os.environ["PATH"], **marks(tmp_path, PROFILE, NAME)}
+    with subprocess.Popen([script], env=environment) as restless:
+        try:
+            assert [seen(processes) for _ in range(100)] == 100 * [{restless.pid}]
+        finally:
+            restless.kill()
 
 
 @pytest.mark.parametrize("name", [NAME, ""])

@@ -44,10 +44,16 @@ LAYERS: dict[str, set[str]] = {
     "kernel": BASE | {"ports", "kernel", "engine"},
     "supervise": BASE | {"ports", "engine", "catalogue"},
     "replay": {"errors", "engine", "supervise"},
-    "settle": PURE | {"execute", "journal", "reports"},
+    "look": PURE | {"observe", "plan", "plan_around", "plan_registrations"},
+    "work": PURE | {"execute", "journal", "observe", "reports"},
+    "establish": PURE | {"execute", "look", "plan_around", "reports", "work"},
+    "remove": PURE | {"execute", "look", "observe", "reports", "work"},
+    "settle": PURE | {"execute", "remove", "work"},
+    "unconfirmed": PURE | {"establish", "execute", "journal", "remove", "reports", "work"},
+    "survey": PURE | {"look", "observe", "status"},
     "app": PURE
-    | {"execute", "journal", "observe", "plan", "plan_around", "plan_registrations", "reports", "settle"}
-    | {"status", "kernel", "supervise"},
+    | {"establish", "execute", "journal", "look", "observe", "remove", "reports", "settle", "status", "survey"}
+    | {"unconfirmed", "work", "kernel", "supervise"},
     "exporter": PURE | {"engine", "journal", "status"},
     "doctor": PURE | {"app", "journal", "observe", "status", "verify"},
     "events": PURE | {"kernel", "supervise"},

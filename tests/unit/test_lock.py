@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import uuid
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from orchestrator.kernel.clock import MonotonicClock
 from orchestrator.kernel.netns import find
 from orchestrator.model import ProcessSpec, Restart
 from orchestrator.ports import Launch
+from tests.namespaces import named_netns
 from tests.processes import PROFILE, local_processes
 
 HOLDER = """
@@ -94,18 +94,13 @@ def opened_by_nobody(directory: Path) -> str:
 
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and ip(8)")
 def test_neither_a_supervisor_nor_a_helper_inherits_the_lock(tmp_path: Path) -> None:
-    name = f"orch-{uuid.uuid4().hex[:8]}"
-    subprocess.run(["ip", "netns", "add", name], check=True)
-    try:
+    with named_netns() as name, local_processes(tmp_path) as processes:
         netns, ledger = find(name), open_ledger(tmp_path)
-        with local_processes(tmp_path) as processes:
-            with ledger.locked("test", wait_s=0, clock=MonotonicClock()):
-                spec = ProcessSpec("sleeper", ("sleep", "1000"), (), (), (), restart=Restart.NEVER)
-                helper = processes.start(Launch(PROFILE, netns, spec, {}, "digest"))
-            pids = [helper, *processes.supervisors(PROFILE, netns.identity)]
-            assert len(pids) == 2
-            opened = {str(fd.readlink()) for pid in pids for fd in Path(f"/proc/{pid}/fd").iterdir()}
-            assert not {str(tmp_path / "lock"), str(tmp_path / "ledger.sqlite")} & opened
-            assert not ledger.is_locked()
-    finally:
-        subprocess.run(["ip", "netns", "delete", name], check=True)
+        with ledger.locked("test", wait_s=0, clock=MonotonicClock()):
+            spec = ProcessSpec("sleeper", ("sleep", "1000"), (), (), (), restart=Restart.NEVER)
+            helper = processes.start(Launch(PROFILE, netns, spec, {}, "digest"))
+        pids = [helper, *processes.supervisors(PROFILE, netns.identity)]
+        assert len(pids) == 2
+        opened = {str(fd.readlink()) for pid in pids for fd in Path(f"/proc/{pid}/fd").iterdir()}
+        assert not {str(tmp_path / "lock"), str(tmp_path / "ledger.sqlite")} & opened
+        assert not ledger.is_locked()

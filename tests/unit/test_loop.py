@@ -394,7 +394,7 @@ def test_a_binding_whose_answer_is_lost_is_asked_for_again(
 
 
 def test_a_binding_is_answered_behind_packets_that_take_their_time(
-    net: Net, recorder: Recorder, page: Page, monkeypatch: pytest.MonkeyPatch
+    net: Net, page: Page, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in a process that takes over under load: each answer comes later than it is asked for again."""
     monkeypatch.setattr(nfqueue, "_NFQA_CFG_F_CONNTRACK", 0)

@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import threading
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import pytest
 from orchestrator.errors import PreflightError
 from orchestrator.kernel import netns
 from orchestrator.model import Netns
+from tests.namespaces import named_netns
 
 root = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("ip", path="/usr/sbin:/sbin:/usr/bin:/bin") is None, reason="needs root and ip(8)"
@@ -33,11 +33,8 @@ def where() -> str:
 
 @pytest.fixture
 def name() -> Iterator[str]:
-    name = f"orch-{uuid.uuid4().hex[:8]}"
-    ip("netns", "add", name)
-    yield name
-    if Path("/run/netns", name).exists():
-        ip("netns", "delete", name)
+    with named_netns() as made:
+        yield made
 
 
 def test_the_own_namespace_needs_no_path() -> None:

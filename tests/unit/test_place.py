@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -21,7 +20,9 @@ from orchestrator.ports import Launch
 from orchestrator.supervise import place
 from orchestrator.supervise.place import VARIABLE, has_name, inhabitants, is_out_of_sight
 from orchestrator.supervise.reactor import Reactor
-from tests.processes import NAME, PROFILE, local_processes, wait_for
+from tests.namespaces import named_netns
+from tests.processes import NAME, PROFILE, local_processes
+from tests.waiting import until
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and ip(8)"),
@@ -60,13 +61,8 @@ def ip(*arguments: str) -> None:
 
 @pytest.fixture
 def netns() -> Iterator[Netns]:
-    name = f"orch-{uuid.uuid4().hex[:8]}"
-    ip("netns", "add", name)
-    try:
+    with named_netns() as name:
         yield find(name)
-    finally:
-        if Path("/run/netns", name).exists():
-            ip("netns", "delete", name)
 
 
 @contextmanager
@@ -264,8 +260,8 @@ def test_what_a_profile_has_goes_with_its_namespace(tmp_path: Path, netns: Netns
         spec = ProcessSpec(NAME, SLEEP, (), (), (), ready_within_s=1)
         pid = processes.start(Launch(PROFILE, netns, spec, {}, "digest"))
         ip("netns", "delete", netns.label)
-        wait_for(processes, lambda: not processes.runtime_dir(PROFILE, netns).exists(), within_s=60)
-        wait_for(processes, lambda: not processes.supervisors(PROFILE, netns.identity))
+        until(lambda: not processes.runtime_dir(PROFILE, netns).exists(), "its directory is removed", within_s=60)
+        until(lambda: not processes.supervisors(PROFILE, netns.identity), "its supervisor has ended")
         assert not processes.running()
         with pytest.raises(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,7 +24,7 @@ from orchestrator.kernel import conntrack, iptables, modules, netns
 from orchestrator.kernel.filters import unrelated_filters
 from orchestrator.kernel.foreign_queues import foreign_queues
 from orchestrator.kernel.iptables import IptablesRules
-from orchestrator.kernel.nft import NftRules, nft_tables
+from orchestrator.kernel.nft import NftRules, NftSession, nft_tables
 from orchestrator.model import (
     Attachment,
     Backend,
@@ -38,7 +41,7 @@ from orchestrator.model import (
 )
 from orchestrator.ports import RuleBackend
 from orchestrator.supervise.traces import born
-from tests.trials import wait_for
+from tests.waiting import until
 
 SBIN = "/usr/sbin:/usr/bin:/sbin:/bin"
 NEEDED = ("ip", "nft", "iptables-legacy", "iptables-nft")
@@ -46,7 +49,7 @@ NEEDED = ("ip", "nft", "iptables-legacy", "iptables-nft")
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0
     or not all(shutil.which(p, path=SBIN) for p in NEEDED)
-    or not modules.available(("nf_conntrack_tftp", "nf_conntrack_ftp")),
+    or len(modules.available(("nf_conntrack_tftp", "nf_conntrack_ftp"))) < 2,
     reason=f"needs root, {', '.join(NEEDED)}, and the kernel's ftp and tftp helpers",
 )
 
@@ -259,6 +262,19 @@ def test_a_missing_program_is_named(space: Netns, monkeypatch: pytest.MonkeyPatc
         adapter.load(space, rules(Backend.IPTABLES))
 
 
+def test_without_libnftables_nothing_else_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    ignored: list[str] = []
+    monkeypatch.setattr(ctypes.cdll, "LoadLibrary", refuse)
+    monkeypatch.setattr(sys, "unraisablehook", lambda what: ignored.append(str(what.exc_value)))
+    with pytest.raises(PreflightError, match="libnftables is not installed"):
+        NftSession()
+    gc.collect()
+    assert ignored == []
+
+
 def test_dropping_filters_are_found_in_every_kind_of_table(space: Netns) -> None:
     assert unrelated_filters(space) == ()
     run("nft", "add table inet f")
@@ -426,12 +442,12 @@ def test_a_program_that_changes_rules_ends_with_orch(tmp_path: FilePath, monkeyp
     if not orch:
         iptables._run("waits", given="*raw\nCOMMIT\n")
         os._exit(0)
-    wait_for(lambda: (tmp_path / "pid").read_text().endswith("\n"))
+    until(lambda: (tmp_path / "pid").read_text().endswith("\n"), "the program runs")
     pid = int((tmp_path / "pid").read_text())
     os.kill(orch, signal.SIGKILL)
     os.waitpid(orch, 0)
     try:
-        wait_for(lambda: not born(pid), within_s=10)
+        until(lambda: not born(pid), "the program has ended", within_s=10)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

@@ -84,7 +84,7 @@ def test_a_process_that_leaves_does_not_disable_the_helpers_of_others(orch: Harn
     assert not [step for step in orch.steps if "able helper" in step]
 
 
-def test_without_a_ledger_the_queues_of_the_processes_are_drained(orch: Harness, kernel: FakeKernel) -> None:
+def test_without_a_ledger_the_queues_of_the_processes_are_drained(orch: Harness) -> None:
     orch.apply(FTP)
     for file in orch.state_dir.iterdir():
         file.unlink()

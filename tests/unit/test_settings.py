@@ -10,27 +10,9 @@ from hypothesis import strategies as st
 
 from orchestrator.engine.api import Bounds
 from orchestrator.engine.settings import Settings, parse
+from tests import processes
 
-DOCUMENT = """\
-name = "ftp"
-use = "ftp"
-file = ""
-sha256 = ""
-queueing = "rules"
-inspect = "payload"
-names = ["ftp-us"]
-queues = [20000, 20001]
-label = 70
-user = ""
-memory_bytes = 134217728
-
-[bounds]
-ports = "1024-65535"
-source = "peer"
-destination = "master"
-permanent = false
-"""
-
+DOCUMENT = processes.DOCUMENT.replace("tftp", "ftp").replace("[20000]", "[20000, 20001]")
 OWN_FILE = DOCUMENT.replace('file = ""', 'file = "/a.py"').replace('sha256 = ""', f'sha256 = "{"0f" * 32}"')
 
 

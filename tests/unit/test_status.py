@@ -10,6 +10,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from orchestrator.engine.counters import Counters, Snapshot, State
 from orchestrator.fake import HOST, FakeKernel
 from orchestrator.model import L4Proto
@@ -20,6 +22,7 @@ from orchestrator.views import status as view
 from tests.hosts import FTP, Harness
 
 NATIVE = "profile: ftp\nhelpers:\n  ftp: {engine: native}\n"
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to ask for registrations")
 COUNTERS = Counters(packets=4, batches=3, expectations=2, refused=1, exceptions=5, overruns=6, busy_ns=80_000)
 
 
@@ -104,7 +107,7 @@ def test_a_dead_one_says_how_it_ended_and_counts_nothing(orch: Harness, kernel: 
     assert not any(queue.is_bound for queue in seen.queues)
 
 
-def test_conntrackd_counts_nothing(orch: Harness, kernel: FakeKernel) -> None:
+def test_conntrackd_counts_nothing(orch: Harness) -> None:
     orch.apply(FTP)
     assert helper(orch).counters is None
     assert helper(orch).queueing == "registration"
@@ -173,6 +176,7 @@ def interrupted(child: subprocess.Popen[bytes]) -> int:
     return child.wait(30)
 
 
+@needs_root
 def test_watching_goes_on_until_interrupted(tmp_path: Path) -> None:
     with watch(tmp_path, subprocess.PIPE) as child:
         assert child.stdout is not None
@@ -180,6 +184,7 @@ def test_watching_goes_on_until_interrupted(tmp_path: Path) -> None:
         assert interrupted(child) == 0
 
 
+@needs_root
 def test_watching_on_a_terminal_begins_at_the_top_each_time(tmp_path: Path) -> None:
     ours, terminal = pty.openpty()
     with watch(tmp_path, terminal) as child:

@@ -373,12 +373,12 @@ def test_the_one_that_took_over_is_looked_at_once_at_a_time(tmp_path: Path, monk
         orders = processes._order(Launch(PROFILE, Netns("", "", "0:1"), spec, {}, "digest"))
     with control.listen(str(tmp_path)) as listener:
         supervisor = Supervisor(str(tmp_path), str(tmp_path), listener)
-        process = supervisor._add(orders, lifecycle.adopt(orders.policy, os.getppid()))
-        supervisor._look_from_now_on(process)
-        over = supervisor._follow_succession(process, orders, os.getpid())
+        process = supervisor._processes.add(orders, lifecycle.adopt(orders.policy, os.getppid()))
+        supervisor._processes.looks.from_now_on(process)
+        over = supervisor._successions.follow(process, orders, os.getpid())
         over._deadline.cancel()
         before = pending(supervisor)
-        supervisor._take_over_from(process, over)
+        supervisor._successions.take_over(process, over)
         assert len(before) == len(pending(supervisor)) == 2  # with that of its first request
 
 

@@ -112,6 +112,8 @@ def netns() -> Iterator[Netns]:
 def processes(tmp_path: Path, netns: Netns) -> Iterator[LocalProcesses]:
     with local_processes(tmp_path) as processes:
         yield processes
+        for process in processes.running():
+            processes.stop(process)
         processes.cleanup(PROFILE, netns)
 
 
@@ -337,7 +339,7 @@ def test_one_that_is_started_when_nothing_more_can_be_opened_is_looked_after(
     monkeypatch.chdir(directory)
     with entered(netns), control.listen(directory) as listener:
         supervisor = Supervisor(directory, str(tmp_path), listener)
-        supervisor._begin(Order.read(NAME), answers.append)
+        supervisor._processes.begin(Order.read(NAME), answers.append)
         pid = supervisor.processes[NAME].pid
         assert pid
         os.kill(pid, signal.SIGKILL)

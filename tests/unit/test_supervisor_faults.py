@@ -68,7 +68,7 @@ while not is_taken():
 DYING = f"""
 import errno, functools, os, signal, sys
 sys.path.append({ROOT!r})
-from orchestrator.supervise import supervisor
+from orchestrator.supervise import process, processes, records, registrations, requests, successions, supervisor
 from orchestrator.supervise.deafness import Marks
 here = os.path.dirname(os.path.abspath(__file__))
 plan, done = [], []
@@ -96,12 +96,12 @@ def counted(name, call):
             os.kill(os.getpid(), signal.SIGKILL)
         return result
     return effect
-supervisor.signal.pidfd_send_signal = counted("kill", signal.pidfd_send_signal)
-supervisor.Supervisor._kill = counted("kill", supervisor.Supervisor._kill)
-supervisor.Supervisor._send = counted("send", supervisor.Supervisor._send)
-supervisor.Supervisor._reply = counted("reply", supervisor.Supervisor._reply)
-supervisor._start = counted("start", supervisor._start)
-supervisor._write = counted("write", supervisor._write)
+signal.pidfd_send_signal = counted("kill", signal.pidfd_send_signal)
+process.Process.kill = counted("kill", process.Process.kill)
+registrations.Registrations._send = counted("send", registrations.Registrations._send)
+requests.Requests._reply = counted("reply", requests.Requests._reply)
+processes.start = successions.start = counted("start", process.start)
+records.write = counted("write", records.write)
 os.rename = counted("rename", os.rename)
 Marks.set = counted("mark", Marks.set)
 Marks.clear = counted("unmark", Marks.clear)

@@ -20,9 +20,9 @@ def test_the_wheel_works_outside_the_tree(tmp_path: Path) -> None:
     target = tmp_path / "installed"
     subprocess.run([*pip, "install", "--no-deps", "--target", str(target), str(wheel)], check=True)
 
-    def orch(*argv: str) -> str:
+    def python(*argv: str) -> str:
         return subprocess.run(
-            [sys.executable, "-m", "orchestrator", *argv],
+            [sys.executable, *argv],
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(target)},
             check=True,
@@ -30,16 +30,11 @@ def test_the_wheel_works_outside_the_tree(tmp_path: Path) -> None:
             text=True,
         ).stdout
 
+    def orch(*argv: str) -> str:
+        return python("-m", "orchestrator", *argv)
+
     profile = target / "orchestrator/data/profiles/ftp.yaml"
     assert orch("check", str(profile)) == f"{profile}: ok\n"
     assert "table inet orch-ftp" in orch("render", str(profile), "--document", "ruleset.nft")
     assert "dhcpv6" in orch("helpers")
-    where = subprocess.run(
-        [sys.executable, "-c", "import orchestrator; print(orchestrator.__file__)"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(target)},
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-    assert where.startswith(str(target))
+    assert python("-c", "import orchestrator; print(orchestrator.__file__)").startswith(str(target))

@@ -1,0 +1,67 @@
+"""Take away what orch owns for one profile in one namespace, as far as that goes."""
+
+from __future__ import annotations
+
+from orchestrator import look
+from orchestrator.errors import OrchError, RollbackError
+from orchestrator.execute import Execution
+from orchestrator.model import Target
+from orchestrator.observe import or_nothing
+from orchestrator.ports import Host
+from orchestrator.reports import Report
+from orchestrator.state import DeleteRegistration, DrainQueues, Owner, Plan
+from orchestrator.work import Work
+
+
+def remove(work: Work, owner: Owner, target: Target | None = None) -> Report:
+    """Nobody is asked. `target` is what the profile's file says, for when the ledger is lost."""
+    observed, plan = look.plan_removal(work.observer, owner, target)
+    for sentence in _drop_warnings(work.system.host, plan, owner):
+        work.talk.warn(sentence)
+    plan = look.undoable(plan, observed)
+    half_done = work.ledger.unsettled(owner)
+    tx = work.ledger.begin("teardown", owner, plan.steps, instead_of=half_done)
+    # Undone, it would be half-done as before, and nobody would know: so what was begun is finished.
+    interrupted = (lambda: 0) if half_done else work.talk.interrupted
+    execution = Execution(work.system, work.ledger, plan, tx, work.talk.step, interrupted)
+    try:
+        leftovers = execution.run_all()
+    except RollbackError:
+        raise
+    except OrchError:
+        work.settle_undone(tx)
+        raise
+    # Before the ledger forgets the profile: what a command that is killed here leaves is taken up by the next.
+    leftovers = leftovers or work.clean_up(owner)
+    if leftovers:
+        if observed.applied is not None:
+            work.ledger.settle(tx)  # the ledger knows the profile: status shows what is left, and teardown tries again
+        return Report(plan, leftovers=leftovers, notes=plan.kept)
+    work.ledger.settle_removed(tx, owner, live=work.live_keys())
+    return Report(plan, notes=plan.kept, is_forgotten=plan.is_empty and observed.applied is not None)
+
+
+def _drop_warnings(host: Host, plan: Plan, owner: Owner) -> tuple[str, ...]:
+    """Before 7.3, unregistering a helper makes the kernel drop every packet that waits in any queue of the host."""
+    if not any(isinstance(step, DeleteRegistration) for step in plan.steps):
+        return ()
+    release = host.kernel_release()
+    if _version(release) >= (7, 3):
+        return ()
+    ours = {step.registration.queue_num for step in plan.steps if isinstance(step, DeleteRegistration)}
+    ours |= {number for step in plan.steps if isinstance(step, DrainQueues) for number in step.queues}
+    foreign = [
+        f"queue {row.queue_num} of {host.process_name(row.port_id)} in netns {netns}"
+        for netns in host.known_netns()
+        for row in or_nothing(host.queues, netns)
+        if not (netns.identity == owner.netns.identity and row.queue_num in ours)
+    ]
+    if not foreign:
+        return ()
+    return (f"kernel {release} drops the packets that wait in other queues of the host now: {'; '.join(foreign)}",)
+
+
+def _version(release: str) -> tuple[int, int]:
+    major, _, rest = release.partition(".")
+    minor = "".join(ch for ch in rest.split(".")[0].split("-")[0] if ch.isdigit())
+    return (int(major) if major.isdigit() else 0, int(minor or 0))
