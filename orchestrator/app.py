@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator import look, survey, unconfirmed
+from orchestrator.errors import PreflightError
 from orchestrator.establish import Establishing
 from orchestrator.execute import EXPECTED
 from orchestrator.journal import Ledger, note_child
@@ -134,10 +135,10 @@ class App:
 
         `desired` and `target` are what the profile's file says, for its namespace and for when the ledger is lost.
         """
-        here = None if every_netns else self._here(desired)
+        places = None if every_netns else self._places(desired)
 
         def is_asked_for(owner: Owner) -> bool:
-            return here in (None, owner.netns.identity) and wanted in ("", owner.profile)
+            return (places is None or owner.netns.identity in places) and wanted in ("", owner.profile)
 
         with self.settled(f"teardown {wanted}".strip(), is_forgiven=is_asked_for) as ledger:
             work = self._work(ledger)
@@ -145,8 +146,9 @@ class App:
             owners = (*half_done, *ledger.owners(), *work.observer.strays())
             everything = {(o.profile, o.netns.identity): o for o in owners}
             if desired is not None and not every_netns:
-                owner = self._owner(desired)
-                everything.setdefault((owner.profile, owner.netns.identity), owner)
+                with contextlib.suppress(PreflightError):  # it is gone
+                    owner = self._owner(desired)
+                    everything.setdefault((owner.profile, owner.netns.identity), owner)
             mine = [owner for owner in everything.values() if is_asked_for(owner)]
             others = tuple(o for o in everything.values() if o not in mine)
             if any(work.observer.is_there(owner.netns) for owner in mine):
@@ -159,9 +161,19 @@ class App:
                 return TeardownReport(tuple(Report(plan, declined=True) for plan in plans), others)
             return TeardownReport(tuple(remove(work, owner, target) for owner in mine), others)
 
-    def _here(self, desired: Desired | None) -> str:
+    def _places(self, desired: Desired | None) -> frozenset[str]:
+        """The identities of the namespace that is meant, and of those that had its name and are gone."""
         name = (desired.netns if desired else "") if self.netns is None else self.netns
-        return self.system.host.find_netns(name).identity
+        with self.reading() as ledger:
+            observer = Observer(self.system, ledger)
+            named = [owner.netns for owner in ledger.owners() if name and name in (owner.netns.label, owner.netns.path)]
+            gone = frozenset(netns.identity for netns in named if not observer.is_there(netns))
+        try:
+            return gone | {self.system.host.find_netns(name).identity}
+        except PreflightError:
+            if not gone:
+                raise
+            return gone
 
     # -- status -------------------------------------------------------------------------------------------------------
 

@@ -173,7 +173,7 @@ def _check_kernel_options(tree: Tree, choice: Choice) -> None:
     hint = f"remove it, or use engine: {others[0]}" if others else "remove it"
     for option in ("name", "queueing", "queue", "policies"):
         if option in choice.doc.model_fields_set:
-            message = f"the kernel's helper has its own {option}, it cannot be chosen"
+            message = f"the kernel's helper has its own {option}, which cannot be chosen"
             tree.report((*choice.path, option), message, hint, of_key=True)
 
 

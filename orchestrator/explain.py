@@ -195,7 +195,7 @@ def _is_expected(asked: Ends, expected: Ends) -> bool:
 
 def _judge(match: Match, question: Question, sight: Sight, live: tuple[LiveConnection, ...]) -> tuple[Reason, str, str]:
     """The first thing that is wrong between the rules and the process."""
-    apply = f"orch apply {match.source}"
+    apply = match.owner.how_to(f"apply {match.source}")
     broken = (
         _broken_registration(match.attachment.key, match.helper)
         or _broken_rules(match.owner, sight)

@@ -31,6 +31,10 @@ class Owner:
     def __str__(self) -> str:
         return f"profile {self.profile} in netns {self.netns}"
 
+    def how_to(self, command: str) -> str:
+        """`orch COMMAND` for its namespace, to be typed in any."""
+        return f"orch {command} --netns {self.netns}" if self.netns.path else f"orch {command}"
+
 
 @dataclass(frozen=True, slots=True)
 class HelperSummary:

@@ -41,7 +41,8 @@ def _profile_status(observer: Observer, applied: Applied, connections: Connectio
     owner = applied.owner
     try:
         if not observer.is_there(owner.netns):
-            raise OrchError("it is gone; orch teardown --all takes away what is left of it")
+            remedy = owner.how_to(f"teardown {owner.profile}")
+            raise OrchError(f"it is gone; {remedy} takes away what is left of it")
         observed, plan = look.plan(observer, owner, applied.target)
     except OrchError as error:
         return lost_profile(applied, str(error))

@@ -1,4 +1,7 @@
-"""With ORCH_REQUIRE=1, as `make test` sets it, a test that skips itself is a failure: nothing goes untested unseen."""
+"""With ORCH_REQUIRE=1, as `make test` sets it, a test that skips itself is a failure: nothing goes untested unseen.
+
+Below the results is what tests have to report (tests/reports.py).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import signal
 from collections.abc import Generator
 
 import pytest
+
+from tests.reports import REPORTS
 
 
 def pytest_configure() -> None:
@@ -22,3 +27,11 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
         report.outcome = "failed"
         report.longrepr = f"{item.nodeid} skipped itself, and ORCH_REQUIRE is set: {report.longrepr}"
     return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for title, lines in REPORTS.items():
+        if lines:
+            terminalreporter.section(title)
+        for line in lines:
+            terminalreporter.write_line(line)

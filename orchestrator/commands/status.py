@@ -61,7 +61,8 @@ def status(
             width=_width(),
             is_verbose=verbose > 0,
         )
-        code = ExitCode.OK if seen.is_right else ExitCode.DIFFERS
+        is_there = bool(seen.profiles or not profile)
+        code = ExitCode.OK if seen.is_right and is_there else ExitCode.DIFFERS
         (session.tell if is_watching else session.result)(code, text, status=machine.status_value(seen))
         return code
 

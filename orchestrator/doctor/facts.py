@@ -71,7 +71,7 @@ class Facts:
     applied: tuple[Applied, ...]
     status: HostStatus | Unseen
     processes: tuple[ProcessSeen, ...]
-    ledger_trouble: str
+    ledger_trouble: str | Unseen
     stale: tuple[str, ...]
     trials: Mapping[str, tuple[HelperKey, ...]] | Unseen
     places: tuple[Place, ...]

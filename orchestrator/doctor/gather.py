@@ -115,10 +115,14 @@ def _look(look: Callable[[], T]) -> T | Unseen:
         return Unseen(f"{error.filename}: {error.strerror}")
 
 
-def _ledger_trouble(file: Path) -> str:
-    """Why the ledger cannot be read; empty if it can be."""
-    if not file.exists():
+def _ledger_trouble(file: Path) -> str | Unseen:
+    """Why the ledger cannot be read; empty if it can be, and unseen by who may not."""
+    try:
+        file.open("rb").close()
+    except FileNotFoundError:
         return ""
+    except PermissionError:
+        return Unseen(f"{file} may be read by root alone")
     try:
         with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as db:
             (result,) = db.execute("PRAGMA quick_check(1)").fetchone()

@@ -120,9 +120,10 @@ def service_manager(facts: Facts) -> Iterable[Finding]:
 
 
 def ledger(facts: Facts) -> Iterable[Finding]:
-    if facts.ledger_trouble:
+    trouble = seen(facts.ledger_trouble)
+    if trouble:
         yield problem(
-            f"the ledger cannot be read: {facts.ledger_trouble}",
+            f"the ledger cannot be read: {trouble}",
             "move it aside: apply adopts what it finds, and teardown by profile works",
         )
 
@@ -151,7 +152,8 @@ def profiles(facts: Facts) -> Iterable[Finding]:
     status = seen(facts.status)
     for one in status.profiles:
         for line in one.drift:
-            yield problem(f"{one.owner}: {line}", f"orch apply {one.source}; orch diff shows more")
+            apply = one.owner.how_to(f"apply {one.source}")
+            yield problem(f"{one.owner}: {line}", f"{apply}; orch diff shows more")
     for owner in status.unknown:
         yield problem(f"{owner} has rules or processes, and the ledger does not know it", "apply it, or tear it down")
 
@@ -165,15 +167,16 @@ def processes(facts: Facts) -> Iterable[Finding]:
 def _process(profile: ProfileStatus, helper: HelperStatus) -> Finding | None:
     what = f"{profile.owner}: {helper.name}" + (f" (pid {helper.pid})" if helper.pid else "")
     why = f" ({helper.reason})" if helper.reason else ""
+    apply = profile.owner.how_to(f"apply {profile.source}")
     match helper.state:
         case HelperState.FATAL:
-            return problem(f"{what} is not restarted any more{why}", f"read its log, then orch apply {profile.source}")
+            return problem(f"{what} is not restarted any more{why}", f"read its log, then {apply}")
         case HelperState.BACKOFF:
             return warning(f"{what} died and is being restarted{why}", "read its log")
         case HelperState.HUNG:
-            return problem(f"{what} hangs: packets wait for it", f"kill -KILL {helper.pid}, then orch apply")
+            return problem(f"{what} hangs: packets wait for it", f"kill -KILL {helper.pid}, then {apply}")
         case HelperState.UNSUPERVISED:
-            return warning(f"{what} has no supervisor: nobody would restart it", f"orch apply {profile.source}")
+            return warning(f"{what} has no supervisor: nobody would restart it", apply)
         case _:
             return None
 

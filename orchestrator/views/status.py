@@ -97,7 +97,6 @@ def _detail_lines(helper: HelperStatus, *, is_verbose: bool) -> Iterable[str]:
         "overruns": seen.overruns,
         "denied": seen.denied,
     }
-    wrong["denied"] = seen.denied
     counts = [f"{name} {count}" for name, count in wrong.items() if count]
     if counts:
         yield ", ".join(counts)

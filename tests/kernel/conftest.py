@@ -79,17 +79,6 @@ def _parameters(item: pytest.Item) -> str:
     return item.callspec.id if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ""
 
 
-REPORTS: dict[str, list[str]] = {}
-"""What tests found and a person wants to see, by title; printed below the results."""
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    for title, lines in REPORTS.items():
-        terminalreporter.section(title)
-        for line in lines:
-            terminalreporter.write_line(line)
-
-
 @pytest.fixture(scope="session")
 def routed() -> Iterator[None]:
     """Client, router and server with vsftpd and tftpd; what is on top of it is each test's own."""

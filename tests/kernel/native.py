@@ -21,8 +21,9 @@ from orchestrator.ports import ProcessSeen
 from orchestrator.supervise.launcher import LocalProcesses
 from orchestrator.verify.expectations import Events, expectations_made
 from tests.hosts import Harness
-from tests.kernel.conftest import REPORTS, clean_orch
+from tests.kernel.conftest import clean_orch
 from tests.processes import unsupervised
+from tests.reports import REPORTS
 from tests.waiting import WITHIN_S, until
 
 QUEUEINGS = ("rules", "registration")

@@ -16,7 +16,8 @@ from lab.topology import ROUTER, ROUTER_FILTER, run
 from orchestrator.boot import names
 from orchestrator.session import DEFAULT_STATE
 from tests.hosts import Harness
-from tests.kernel.conftest import REPORTS, clean_orch, cli_here, snapshot
+from tests.kernel.conftest import clean_orch, cli_here, snapshot
+from tests.reports import REPORTS
 from tests.waiting import until
 
 PROGRAM = REPOSITORY / ".venv/bin/orch"

@@ -33,8 +33,9 @@ from orchestrator.supervise import inotify
 from orchestrator.supervise.inotify import Inotify
 from orchestrator.supervise.launcher import LocalProcesses
 from tests.hosts import Harness
-from tests.kernel.conftest import REPORTS, clean_orch
+from tests.kernel.conftest import clean_orch
 from tests.kernel.native import kill
+from tests.reports import REPORTS
 from tests.waiting import until
 
 PROFILE = """

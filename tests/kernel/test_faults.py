@@ -15,8 +15,9 @@ from lab.topology import ROUTER
 from orchestrator.kernel.netns import find
 from orchestrator.model import Backend, Status
 from tests.hosts import Harness
-from tests.kernel.conftest import REPORTS, turns
+from tests.kernel.conftest import turns
 from tests.killed import Death, Moment
+from tests.reports import REPORTS
 
 FIRST = "profile: killed\nhelpers:\n  ftp: {queueing: registration}\n"
 CHANGED = "profile: killed\nhelpers:\n  ftp: {queueing: registration, queue: 77, guard: {source: any}}\n"

@@ -19,7 +19,7 @@ from orchestrator.kernel.cthelper import KernelRegistry
 from orchestrator.kernel.netns import find
 from orchestrator.supervise.launcher import LocalProcesses
 from tests.hosts import Harness
-from tests.kernel.conftest import REPORTS
+from tests.reports import REPORTS
 from tests.waiting import until
 
 BLUE = "orch-blue"

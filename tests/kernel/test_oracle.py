@@ -23,7 +23,8 @@ from lab.dialogue import SCRIPTS, Seen, Session, play_rivals
 from lab.nat import OUTSIDE_IP, Nat, load_nat
 from lab.topology import ROUTER, ROUTER_FILTER, load_filter
 from orchestrator.verify.expectations import Ends, Expectation, expectations_made
-from tests.kernel.conftest import IS_FIRST_KERNEL, REPORTS, clean_orch
+from tests.kernel.conftest import IS_FIRST_KERNEL, clean_orch
+from tests.reports import REPORTS
 
 ORACLE, JUDGED, BESIDE = "kernel", "native", "conntrackd"
 ANNOUNCES_IPV4_ONLY = ("PORT", "PASV", "port", "227 bare")

@@ -23,8 +23,9 @@ from lab.topology import ROUTER, ROUTER_FILTER, load_filter
 from orchestrator.ports import ProcessSeen
 from orchestrator.session import DEFAULT_STATE
 from tests.hosts import Harness
-from tests.kernel.conftest import REPORTS, clean_orch, snapshot
+from tests.kernel.conftest import clean_orch, snapshot
 from tests.metrics import samples
+from tests.reports import REPORTS
 from tests.waiting import until
 
 UNIT = "orch@ftp.service"

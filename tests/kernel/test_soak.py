@@ -28,7 +28,8 @@ from orchestrator.model import Status
 from orchestrator.reports import Report
 from orchestrator.supervise.launcher import LocalProcesses
 from tests.hosts import Harness
-from tests.kernel.conftest import REPORTS, clean_orch, cli_here, snapshot
+from tests.kernel.conftest import clean_orch, cli_here, snapshot
+from tests.reports import REPORTS
 from tests.trials import kill_watchdogs, pass_time, waiting
 from tests.waiting import until
 

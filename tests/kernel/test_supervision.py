@@ -24,9 +24,9 @@ from orchestrator.kernel.netns import find
 from orchestrator.model import Status
 from orchestrator.ports import ProcessState, Supervised
 from orchestrator.supervise.looks import LOOK_S
-from tests.kernel.conftest import REPORTS
 from tests.kernel.native import QUEUEINGS, Router, ftp_and_tftp, router
 from tests.processes import unsupervised
+from tests.reports import REPORTS
 from tests.waiting import until
 
 KILLS = int(os.environ.get("ORCH_KILLS", "10"))

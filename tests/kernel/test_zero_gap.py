@@ -29,8 +29,9 @@ from orchestrator.ports import ProcessSeen
 from orchestrator.state import describe
 from orchestrator.verify.expectations import Events, expectations_made
 from tests.hosts import Harness
-from tests.kernel.conftest import REPORTS, clean_orch
+from tests.kernel.conftest import clean_orch
 from tests.kernel.native import QUEUEINGS
+from tests.reports import REPORTS
 from tests.waiting import until
 
 UPDATES = int(os.environ.get("ORCH_UPDATES", "4"))

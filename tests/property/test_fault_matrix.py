@@ -7,15 +7,16 @@ from collections.abc import Iterator
 import pytest
 
 from tests.faults import Scenario, faults_of, prepare, scenarios, try_all
+from tests.reports import REPORTS
 
 SCENARIOS = list(scenarios())
 _tried: list[int] = []
 
 
 @pytest.fixture(scope="module", autouse=True)
-def count(request: pytest.FixtureRequest) -> Iterator[None]:
+def count() -> Iterator[None]:
     yield
-    request.config.get_terminal_writer().write(f"\n{sum(_tried)} points of the fault matrix tried\n")
+    REPORTS["fault matrix"] = [f"{sum(_tried)} points tried"]
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS[::9], ids=lambda scenario: scenario.name)

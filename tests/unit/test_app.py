@@ -329,6 +329,26 @@ def test_a_namespace_that_got_the_inode_of_a_deleted_one_is_another(orch: Harnes
     assert kernel.dump_text() == before
 
 
+def test_what_is_left_of_a_deleted_namespace_goes_by_its_name(orch: Harness, kernel: FakeKernel) -> None:
+    before = kernel.dump_text()
+    for name in ("blue", "red"):
+        kernel.add_netns(name)
+    orch.apply(FTP, "red")
+    orch.apply("profile: own\nhelpers: {tftp: {queueing: registration}}\n", "blue")
+    for pid in [pid for pid, (seen, _) in kernel.running_processes.items() if seen.profile == "own"]:
+        kernel.kill(pid)
+    del kernel.namespaces["blue"]
+    (drift,) = orch.status("own").profiles[0].drift
+    assert drift == "netns blue: it is gone; orch teardown own --netns blue takes away what is left of it"
+    orch.teardown("own", "blue")
+    assert [str(p.owner) for p in orch.status().profiles] == ["profile ftp in netns red"]
+    with pytest.raises(PreflightError, match="blue"):
+        orch.teardown("own", "blue")
+    orch.teardown("ftp", "red")
+    del kernel.namespaces["red"]
+    assert kernel.dump_text() == before
+
+
 def test_a_namespace_made_anew_under_its_name_is_another(orch: Harness, kernel: FakeKernel) -> None:
     blue = kernel.add_netns("blue")
     orch.apply(FTP, "blue")
@@ -336,7 +356,7 @@ def test_a_namespace_made_anew_under_its_name_is_another(orch: Harness, kernel: 
         kernel.kill(pid)
     kernel.namespaces["blue"] = FakeNetns(blue)
     (status,) = orch.status().profiles
-    assert status.drift == ("netns blue: it is gone; orch teardown --all takes away what is left of it",)
+    assert status.drift == ("netns blue: it is gone; orch teardown ftp --netns blue takes away what is left of it",)
     assert not orch.apply(FTP, "blue").plan.is_empty
     assert orch.warnings == ["netns blue is gone, and profile ftp with it"]
     assert orch.apply(FTP, "blue").plan.is_empty
@@ -686,7 +706,7 @@ def test_a_gone_namespace_is_told_and_released(orch: Harness, kernel: FakeKernel
     orch.apply(FTP, "blue")
     kernel.gone.append(kernel.namespaces.pop("blue"))
     assert orch.status().profiles[0].drift == (
-        "netns blue: it is gone; orch teardown --all takes away what is left of it",
+        "netns blue: it is gone; orch teardown ftp --netns blue takes away what is left of it",
     )
     orch.teardown(every_netns=True)
     assert not kernel.running_processes

@@ -315,6 +315,23 @@ def test_a_ledger_that_cannot_be_read_is_told(orch: Harness, content: bytes | No
     assert "the ledger cannot be read" in "".join(causes(gather(orch.app()), Verdict.PROBLEM))
 
 
+def test_who_may_not_read_the_ledger_is_not_told_to_move_it_aside(
+    orch: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    orch.apply(NATIVE)
+    reading = Path.open
+
+    def refuse(file: Path, mode: str = "r") -> Any:
+        if file.name == "ledger.sqlite":
+            raise PermissionError
+        return reading(file, mode)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    facts = gather(orch.app())
+    assert isinstance(facts.ledger_trouble, Unseen)
+    assert [f.verdict for f in examined(facts) if f.probe == "ledger"] == [Verdict.SKIPPED]
+
+
 def test_every_probe_is_in_the_documentation() -> None:
     page = (Path(__file__).parents[2] / "docs" / "commands.md").read_text()
     section = page.split("## orch doctor\n")[1].split("\n## ")[0]

@@ -16,6 +16,7 @@ from orchestrator.engine.counters import Counters, Snapshot, State
 from orchestrator.fake import HOST, FakeKernel
 from orchestrator.model import L4Proto
 from orchestrator.ports import Lifetimes, ProcessState, Supervised
+from orchestrator.session import ExitCode
 from orchestrator.status import HelperState, HelperStatus
 from orchestrator.views import human, machine
 from orchestrator.views import status as view
@@ -181,7 +182,7 @@ def test_watching_goes_on_until_interrupted(tmp_path: Path) -> None:
     with watch(tmp_path, subprocess.PIPE) as child:
         assert child.stdout is not None
         assert [child.stdout.readline() for _ in range(3)] == [b"Profile nobodys is not applied.\n"] * 3
-        assert interrupted(child) == 0
+        assert interrupted(child) == ExitCode.DIFFERS, "who asks for a profile wants it applied"
 
 
 @needs_root
@@ -192,6 +193,6 @@ def test_watching_on_a_terminal_begins_at_the_top_each_time(tmp_path: Path) -> N
         seen = b""
         while seen.count(b"\n") < 2:
             seen += os.read(ours, 4096)
-        assert interrupted(child) == 0
+        assert interrupted(child) == ExitCode.DIFFERS, "who asks for a profile wants it applied"
     os.close(ours)
     assert seen.startswith(b"\x1b[H\x1b[JProfile nobodys is not applied.\r\n\x1b[H\x1b[J")
