@@ -59,12 +59,12 @@ class Processes:
         answer({"pid": pid})
 
     def stop(self, name: str, then: Callable[[], None]) -> None:
-        """End one, if there is one of that name, and look after it no more."""
+        """End one, if there is one of that name, and look after it no more; also one that others began meanwhile."""
         process = self.by_name.get(name)
         if process is None:
             then()
             return
-        process.when_gone.append(then)
+        process.when_gone.append(partial(self.stop, name, then))
         if process.succession:
             process.succession.abandon("its predecessor is to end")
         if not process.life.is_leaving:

@@ -248,8 +248,14 @@ class Soak:
                 self.first.setdefault(pid, held)
             self.last[pid] = held
 
-    def logs(self) -> Iterator[str]:
-        """What supervisors and helper processes said last."""
+    def evidence(self) -> Iterator[str]:
+        """What there is on the router, and what supervisors and helper processes said last."""
+        yield self.text
+        yield from map(str, self.orch.system.registry.dump())
+        for seen in self.orch.status("soak", ROUTER).profiles:
+            yield from map(str, (*seen.drift, *seen.helpers))
+        for command in (("nft", "list", "ruleset"), ("iptables-save", "-t", "raw"), ("conntrack", "-L")):
+            yield inside(ROUTER, *command, check=False).stdout
         for file in sorted(self.orch.state_dir.glob("*/*.log")):
             yield f"{file.parent.name}/{file.name}:\n" + "\n".join(file.read_text(errors="replace").splitlines()[-40:])
 
@@ -288,7 +294,7 @@ def test_nothing_is_left_after_hours(soak: Soak) -> None:
         while time.monotonic() < deadline:
             soak.act()
     except BaseException as error:
-        print(f"seed {SEED}", *soak.log[-30:], *getattr(error, "leftovers", ()), *soak.logs(), sep="\n")
+        print(f"seed {SEED}", *soak.log[-30:], *getattr(error, "leftovers", ()), *soak.evidence(), sep="\n")
         raise
     reports: list[Report] = list(soak.orch.teardown(every_netns=True).reports)
     assert [report.leftovers for report in reports if report.leftovers] == []

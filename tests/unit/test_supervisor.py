@@ -631,6 +631,26 @@ def control_channel(directory: Path) -> socket.socket:
     return channel
 
 
+def test_who_asks_again_while_the_one_before_is_waited_for_gets_the_only_one(
+    processes: LocalProcesses, netns: Netns
+) -> None:
+    """As an orch does that follows one which was killed while it waited."""
+    pid = processes.start(launch(netns))
+    request = control.encode({"do": "start", "name": NAME})
+    directory = processes.runtime_dir(PROFILE, netns)
+    with control_channel(directory) as first, control_channel(directory) as second:
+        os.kill(pid, signal.SIGSTOP)  # until it is killed, it does not end
+        answers = []
+        for channel in (first, second):
+            channel.settimeout(30)
+            channel.send(request)
+            assert control.decode(channel.recv(1000)) == control.TAKEN
+        for channel in (first, second):
+            answers.append(control.decode(channel.recv(1000)))
+    assert answers[1] == {"pid": the_one(processes).pid}
+    assert the_one(processes).watched
+
+
 @pytest.mark.parametrize("request_", [b"{}", b"[]", b"nonsense", b'{"do": "start", "name": "none"}', b""])
 def test_a_request_that_is_none_harms_nothing(processes: LocalProcesses, netns: Netns, request_: bytes) -> None:
     processes.start(launch(netns))
