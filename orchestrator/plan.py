@@ -206,8 +206,17 @@ def _apply_steps(
         *(stand_in.leave() if stand_in else ()),
         *_enable_for_others(target, leaving, quiet),
         *(_delete(r) for r in leaving.retire),
+        *_load_again(target, leaving),
         *([SetReconcile(target.profile, target.reconcile)] if is_told_otherwise else []),
     )
+
+
+def _load_again(target: Target, leaving: Leaving) -> list[Step]:
+    """Linux 6.1 makes rules with `-j CT --helper` idle when any helper is unregistered, as those keep what they attach
+    in a connection that is never confirmed: nf_conntrack_extend.c, __nf_ct_ext_find.
+    """
+    is_idle = bool(leaving.retire and target.attachments) and not target.rules.backend.is_nftables
+    return [LoadRules(target.rules, target.rules)] if is_idle else []
 
 
 def _leave_queues(begun: SucceedProcess, observed: Observed) -> list[Step]:
