@@ -6,7 +6,7 @@ import contextlib
 import errno
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -433,6 +433,16 @@ def disturb(kernel: FakeKernel, thing: str) -> None:
     return None
 
 
+@contextlib.contextmanager
+def two_applied() -> Iterator[tuple[Harness, FakeKernel]]:
+    """A host of its own for each example of a law."""
+    kernel = FakeKernel()
+    with tempfile.TemporaryDirectory() as directory:
+        orch = Harness(kernel.system(), Path(directory))
+        orch.apply(TWO)
+        yield orch, kernel
+
+
 def helper_of(thing: str) -> str:
     return thing.removeprefix("process ").split("/")[0].removesuffix("-us")
 
@@ -441,10 +451,7 @@ def helper_of(thing: str) -> str:
 @given(fought=st.sets(st.sampled_from(THINGS), min_size=1), others=st.sets(st.sampled_from(THINGS)))
 @pytest.mark.slow
 def test_whatever_is_left_alone_nothing_is_blocked_and_all_else_is_mended(fought: set[str], others: set[str]) -> None:
-    kernel = FakeKernel()
-    with tempfile.TemporaryDirectory() as directory:
-        orch = Harness(kernel.system(), Path(directory))
-        orch.apply(TWO)
+    with two_applied() as (orch, kernel):
         for _ in range(2):
             for thing in fought:
                 disturb(kernel, thing)
@@ -468,10 +475,7 @@ def test_whatever_is_left_alone_nothing_is_blocked_and_all_else_is_mended(fought
 @given(drifted=st.sets(st.sampled_from(THINGS)))
 @pytest.mark.slow
 def test_the_first_parts_can_be_made_right_without_the_others(drifted: set[str]) -> None:
-    kernel = FakeKernel()
-    with tempfile.TemporaryDirectory() as directory:
-        orch = Harness(kernel.system(), Path(directory))
-        orch.apply(TWO)
+    with two_applied() as (orch, kernel):
         for thing in drifted:
             disturb(kernel, thing)
         at, target = owner(orch), both(TWO)[1]
@@ -505,10 +509,7 @@ def refuse(things: set[str]) -> Callable[[str, str], None]:
 @given(drifted=st.sets(st.sampled_from(THINGS), min_size=1), hopeless=st.sets(st.sampled_from(THINGS)))
 @pytest.mark.slow
 def test_what_fails_keeps_nothing_else_from_being_mended(drifted: set[str], hopeless: set[str]) -> None:
-    kernel = FakeKernel()
-    with tempfile.TemporaryDirectory() as directory:
-        orch = Harness(kernel.system(), Path(directory))
-        orch.apply(TWO)
+    with two_applied() as (orch, kernel):
         for thing in drifted:
             disturb(kernel, thing)
         kernel.on_modify = refuse(hopeless)

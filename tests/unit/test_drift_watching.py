@@ -225,35 +225,6 @@ def test_who_goes_on_changing_rules_does_not_put_off_a_look(runtime_dir: str) ->
         assert supervisor.said[-1] == "drift is not mended any more"
 
 
-@root
-@pytest.mark.slow
-def test_a_table_that_others_change_all_the_time_costs_a_fifth_of_it(runtime_dir: str) -> None:
-    supervisor = Supervisor()
-    children = Sleepers(supervisor, {})
-    with scratch():
-        reconciler = Reconciler(supervisor, children, profile="ftp", state_dir=runtime_dir)
-        reconciler._look()
-        reconciler._began -= 10
-        nft("add table ip raw")
-        reconciler._rules_changed()
-        os.kill(children.pid, signal.SIGKILL)
-        supervisor.on_reaped(children.pid, os.waitstatus_to_exitcode(os.waitpid(children.pid, 0)[1]))
-        timer, now = reconciler._timer, time.monotonic()
-        assert timer is not None
-        assert 30 < timer.deadline - now < 60
-        said = len(supervisor.said)
-        for _ in range(2):
-            nft("add chain ip raw c; delete chain ip raw c")
-            reconciler._rules_changed()
-        assert (reconciler._timer, supervisor.said[said:]) == (timer, []), "said once for each look"
-        nft("add table inet orch-ftp")
-        reconciler._rules_changed()
-        assert reconciler._timer is not None
-        assert reconciler._timer.deadline - now < 10, "our own table does not wait"
-        Path(watching.FILE).unlink()
-        reconciler._toggle()
-
-
 class Sleepers(Errands):
     """Commands that do not end by themselves."""
 
@@ -262,18 +233,57 @@ class Sleepers(Errands):
         self.pid = super().start(["/bin/sleep", "60"], ended)
         return self.pid
 
+    def ended(self) -> int:
+        """Wait for its end; the exit code."""
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
-@root
-@pytest.mark.slow
-def test_a_look_that_waits_does_not_outlive_the_wish_for_it(runtime_dir: str) -> None:
+
+Looking = tuple[Supervisor, Sleepers, Reconciler]
+
+
+@pytest.fixture
+def looking(runtime_dir: str) -> Iterator[Looking]:
+    """A look that is under way."""
     supervisor = Supervisor()
     children = Sleepers(supervisor, {})
     with scratch():
         reconciler = Reconciler(supervisor, children, profile="ftp", state_dir=runtime_dir)
         reconciler._look()
-        Path(watching.FILE).unlink()
+        yield supervisor, children, reconciler
+        Path(watching.FILE).unlink(missing_ok=True)
         reconciler._toggle()
-    code = os.waitstatus_to_exitcode(os.waitpid(children.pid, 0)[1])
+
+
+@root
+@pytest.mark.slow
+def test_a_table_that_others_change_all_the_time_costs_a_fifth_of_it(looking: Looking) -> None:
+    supervisor, children, reconciler = looking
+    reconciler._began -= 10
+    nft("add table ip raw")
+    reconciler._rules_changed()
+    os.kill(children.pid, signal.SIGKILL)
+    supervisor.on_reaped(children.pid, children.ended())
+    timer, now = reconciler._timer, time.monotonic()
+    assert timer is not None
+    assert 30 < timer.deadline - now < 60
+    said = len(supervisor.said)
+    for _ in range(2):
+        nft("add chain ip raw c; delete chain ip raw c")
+        reconciler._rules_changed()
+    assert (reconciler._timer, supervisor.said[said:]) == (timer, []), "said once for each look"
+    nft("add table inet orch-ftp")
+    reconciler._rules_changed()
+    assert reconciler._timer is not None
+    assert reconciler._timer.deadline - now < 10, "our own table does not wait"
+
+
+@root
+@pytest.mark.slow
+def test_a_look_that_waits_does_not_outlive_the_wish_for_it(looking: Looking) -> None:
+    supervisor, children, reconciler = looking
+    Path(watching.FILE).unlink()
+    reconciler._toggle()
+    code = children.ended()
     assert code == -signal.SIGTERM
     supervisor.on_reaped(children.pid, code)
     assert supervisor.said[-1] == "drift is not mended any more", "that it was ended is no trouble"
@@ -281,23 +291,17 @@ def test_a_look_that_waits_does_not_outlive_the_wish_for_it(runtime_dir: str) ->
 
 @root
 @pytest.mark.slow
-def test_there_is_one_look_at_a_time(runtime_dir: str) -> None:
+def test_there_is_one_look_at_a_time(looking: Looking) -> None:
     """Turned off and on again while one is under way: the next one comes after it."""
-    supervisor = Supervisor()
-    children = Sleepers(supervisor, {})
-    with scratch():
-        reconciler = Reconciler(supervisor, children, profile="ftp", state_dir=runtime_dir)
-        reconciler._look()
-        Path(watching.FILE).unlink()
-        reconciler._toggle()
-        Path(watching.FILE).touch()
-        reconciler._toggle()
-        assert reconciler._timer is None
-        supervisor.on_reaped(children.pid, os.waitstatus_to_exitcode(os.waitpid(children.pid, 0)[1]))
-        assert reconciler._timer is not None
-        assert reconciler._timer.callback == reconciler._look
-        Path(watching.FILE).unlink()
-        reconciler._toggle()
+    supervisor, children, reconciler = looking
+    Path(watching.FILE).unlink()
+    reconciler._toggle()
+    Path(watching.FILE).touch()
+    reconciler._toggle()
+    assert reconciler._timer is None
+    supervisor.on_reaped(children.pid, children.ended())
+    assert reconciler._timer is not None
+    assert reconciler._timer.callback == reconciler._look
 
 
 def test_a_signal_in_the_middle_of_a_look_is_no_news(tmp_path: Path) -> None:
