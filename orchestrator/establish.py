@@ -72,7 +72,8 @@ class Establishing:
         plan = look.undoable(plan, observed)
         system, ledger = self.work.system, self.work.ledger
         tx = self._begin(plan)
-        leftovers = Execution(system, ledger, plan, tx, self.work.talk.step).run_all() or self._settle_returned(tx)
+        execution = Execution(system, ledger, plan, tx, self.work.talk.step)
+        leftovers = execution.run_all() or self._settle_returned(tx, plan)
         if leftovers:
             live = self.work.live_keys()
             made = (step.registration for step in plan.steps if isinstance(step, CreateRegistration))
@@ -127,7 +128,7 @@ class Establishing:
         """Only an empty plan is success; what differs now, or cannot be looked at or written down, is undone."""
         is_known = bool(self.spared) and not any(isinstance(step, LoadRules) for step in execution.plan.steps)
         try:
-            applied, problems = self._look_again(is_known=is_known)
+            applied, problems = self._look_again(execution.plan, is_known=is_known)
         except EXPECTED as error:
             applied, problems = None, (str(error),)
         failure: OrchError = VerifyError("the system is not as declared after all steps: " + "; ".join(problems))
@@ -146,25 +147,28 @@ class Establishing:
         self.work.settle_undone(execution.tx)
         raise failure
 
-    def _settle_returned(self, tx: int) -> tuple[str, ...]:
+    def _settle_returned(self, tx: int, plan: Plan) -> tuple[str, ...]:
         """What differs from what was applied before; if nothing does, that is written down."""
         try:
-            applied, problems = self._look_again(is_known=False)
+            applied, problems = self._look_again(plan, is_known=False)
         except EXPECTED as error:
             return (str(error),)
         if not problems:
             self._settle(tx, applied)
         return problems
 
-    def _look_again(self, *, is_known: bool) -> tuple[Applied, tuple[str, ...]]:
+    def _look_again(self, plan: Plan, *, is_known: bool) -> tuple[Applied, tuple[str, ...]]:
         """What the ledger will say, and what is not as it should be.
 
-        It says that already where rules were spared: how they list now is not how they should.
+        It says that already where rules were spared: how they list now is not how they should. Those for whom a
+        registration waits may be found only where they are.
         """
         owner, target = self.wanted.owner, self.wanted.target
         known = self.work.ledger.find(owner) if is_known else None
         applied = known or self._applied()
-        observed = self.work.observer.observe(owner, target, applied=None if known else applied)
+        observed = self.work.observer.observe(
+            owner, target, applied=None if known else applied, is_thorough=bool(plan.waiting)
+        )
         started = launches(owner.profile, owner.netns, target.processes, target.documents)
         again = plan_around(target, started, observed, owner, spared=self.spared)
         missing = sorted({a.key for a in target.attachments} - applied.baseline.helpers)

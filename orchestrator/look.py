@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from orchestrator import plan_around
 from orchestrator.launches import launches
-from orchestrator.model import Listing, Target
+from orchestrator.model import Listing, Status, Target
 from orchestrator.observe import Observer
 from orchestrator.plan import plan_apply, plan_teardown, relaunchable
 from orchestrator.plan_registrations import registrations_of
@@ -19,10 +19,16 @@ def plan(
     wanted = launches(owner.profile, owner.netns, target.processes, target.documents)
     observed = observer.observe(owner, target)
     found = plan_apply(target, wanted, observed, owner)
-    if found.adopted or any(isinstance(step, DeleteRegistration) for step in found.steps):
+    if found.adopted or _may_wake(target, observed) or any(isinstance(s, DeleteRegistration) for s in found.steps):
         observed = observer.observe(owner, target, is_thorough=True)
         found = plan_apply(target, wanted, observed, owner)
     return observed, plan_around.plan_around(target, wanted, observed, owner, spared=spared) if spared else found
+
+
+def _may_wake(target: Target, observed: Observed) -> bool:
+    """Whether a registration is to be enabled that is there: others may use it where nobody listens."""
+    wanted = {r.key for r in target.registrations if r.status is Status.ENABLED}
+    return any(r.status is Status.DISABLED and r.key in wanted for r in observed.registrations)
 
 
 def parts(observer: Observer, owner: Owner, target: Target, spared: frozenset[str]) -> tuple[frozenset[str], ...]:

@@ -216,10 +216,6 @@ class Connection(sqlite3.Connection):
         self._look(sql)
         return super().executemany(sql, *parameters)
 
-    def executescript(self, sql: str) -> sqlite3.Cursor:
-        self._look(sql)
-        return super().executescript(sql)
-
     @staticmethod
     def _look(sql: str) -> None:
         if Connection.events is not None and not sql.startswith(("COMMIT", "ROLLBACK")):

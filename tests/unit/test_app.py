@@ -488,6 +488,20 @@ def test_enabling_does_not_block_another_namespace(orch: Harness, kernel: FakeKe
     assert orch.status().is_right
 
 
+def test_nor_one_that_the_ledger_has_lost(orch: Harness, kernel: FakeKernel) -> None:
+    for name in ("blue", "red"):
+        kernel.add_netns(name)
+        orch.apply(FTP, name)
+    for pid in list(kernel.running_processes):
+        kernel.kill(pid)
+    shutil.rmtree(orch.state_dir)
+    for _ in range(2):
+        assert any("profile ftp in netns red uses it" in note for note in orch.apply(FTP, "blue").notes)
+    assert kernel.deaf() == []
+    orch.apply(FTP, "red")
+    assert orch.status().is_right
+
+
 def test_a_dead_supervisor_is_drift_and_mended(orch: Harness, kernel: FakeKernel) -> None:
     orch.apply(FTP)
     for pid, (seen, launch) in kernel.running_processes.items():
