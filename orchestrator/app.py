@@ -18,7 +18,7 @@ from orchestrator.journal import Ledger, note_child
 from orchestrator.model import Backend, Desired, Document, Status, Target
 from orchestrator.observe import Observer
 from orchestrator.ports import System
-from orchestrator.remove import remove
+from orchestrator.remove import remove, remove_unused
 from orchestrator.reports import Difference, Report, Talk, TeardownReport, Trial
 from orchestrator.settle import Settling
 from orchestrator.state import Applied, HelperSummary, Observed, Owner, Pending, Plan, Wanted
@@ -124,7 +124,9 @@ class App:
             helpers = tuple(HelperSummary(h.name, h.engine, h.keys) for h in desired.helpers)
             wanted = Wanted(owner, desired.source, target, helpers)
             ledger.forget_mending(wanted.owner)
-            return self.establish(ledger, wanted, ask=ask, trial=trial)
+            report = self.establish(ledger, wanted, ask=ask, trial=trial)
+            remove_unused(self._work(ledger))
+            return report
 
     # -- teardown -----------------------------------------------------------------------------------------------------
 
@@ -159,7 +161,9 @@ class App:
             plans = [look.plan_removal(work.observer, owner, target)[1] for owner in mine]
             if not all(not plan.cut or work.ask(plan) for plan in plans):
                 return TeardownReport(tuple(Report(plan, declined=True) for plan in plans), others)
-            return TeardownReport(tuple(remove(work, owner, target) for owner in mine), others)
+            reports = tuple(remove(work, owner, target) for owner in mine)
+            remove_unused(work)
+            return TeardownReport(reports, others)
 
     def _places(self, desired: Desired | None) -> frozenset[str]:
         """The identities of the namespace that is meant, and of those that had its name and are gone."""

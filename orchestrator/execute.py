@@ -19,6 +19,7 @@ from orchestrator.errors import (
 )
 from orchestrator.journal import Ledger
 from orchestrator.model import Netns, Registration, Rules, Status
+from orchestrator.observe import Observer
 from orchestrator.ports import Launch, ProcessSeen, System
 from orchestrator.state import (
     CreateRegistration,
@@ -120,11 +121,11 @@ class Execution:
     def undo(self) -> tuple[str, ...]:
         """Lead back from everything done so far, newest first; returns a sentence for each step that could not be."""
         done, self._done = self._done, []
-        return lead_back(done, self.system, self.plan.netns, self.report, self._note_undone)
+        return lead_back(done, self.system, self.ledger, self.plan.netns, self.report, self._note_undone)
 
     def _take(self, sequence: int, step: Step) -> None:
         self.ledger.intend(self.tx, sequence)
-        _timed(step, self.system, self.plan.netns, self.report)
+        timed(step, self.system, self.plan.netns, self.report)
         self._done.append((sequence, step))
 
     def _take_or_restart(self, sequence: int, step: Step) -> None:
@@ -218,6 +219,7 @@ def _is_enabled(registration: Registration) -> bool:
 def lead_back(
     done: Sequence[tuple[int, Step]],
     system: System,
+    ledger: Ledger,
     netns: Netns,
     report: Callable[[Outcome], None],
     undone: Callable[[int], None],
@@ -226,6 +228,8 @@ def lead_back(
 
     `undone` is told of each step up to the first that could not be: from there all is to be undone once more, as the
     later ones may have found nothing that they could undo.
+
+    A registration that was made stays, disabled and ours, where the kernel would make iptables rules idle after it.
     """
     leftovers: list[str] = []
     hazards = _Hazards()
@@ -243,7 +247,10 @@ def lead_back(
             hazards.note(back)
             continue
         try:
-            _timed(back, system, netns, report, is_undo=True)
+            if isinstance(back, DeleteRegistration) and _must_stay(back.registration, system, ledger):
+                ledger.claim([back.registration])
+            else:
+                timed(back, system, netns, report, is_undo=True)
         except EXPECTED as error:
             leftovers.append(f"{describe(back)}: {error}")
             hazards.note(back)
@@ -251,6 +258,11 @@ def lead_back(
             if not leftovers:
                 undone(sequence)
     return tuple(leftovers)
+
+
+def _must_stay(registration: Registration, system: System, ledger: Ledger) -> bool:
+    is_there = any(r.key == registration.key for r in system.registry.dump())
+    return is_there and bool(Observer(system, ledger).would_idle())
 
 
 def _way_back(step: Step, netns: Netns) -> Step | None:
@@ -261,7 +273,7 @@ def _way_back(step: Step, netns: Netns) -> Step | None:
     return back
 
 
-def _timed(
+def timed(
     step: Step, system: System, netns: Netns, report: Callable[[Outcome], None], *, is_undo: bool = False
 ) -> None:
     """Take one step and tell how it ended. Telling may fail (a closed terminal); that is no reason to stop."""

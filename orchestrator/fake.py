@@ -73,6 +73,8 @@ class FakeNetns:
     """One namespace: its rules by (backend, profile), bound queues by number, and what the tests put in.
 
     `bound` says which registration of a name the rules found when they were loaded, by how often it had been made.
+    `foreign_references` are helpers that nftables rules of others attach, `foreign_iptables` those of iptables rules.
+    `idle` are rules that attach nothing any more (release.idles_iptables); those of others have no profile.
     """
 
     netns: Netns
@@ -82,6 +84,8 @@ class FakeNetns:
     tampered: dict[tuple[Backend, str], str] = field(default_factory=dict)
     queues: dict[int, QueueRow] = field(default_factory=dict)
     foreign_references: set[str] = field(default_factory=set)
+    foreign_iptables: set[str] = field(default_factory=set)
+    idle: set[tuple[Backend, str]] = field(default_factory=set)
     expectations: dict[str, int] = field(default_factory=dict)
     connections: dict[str, int] = field(default_factory=dict)
     dropping_filters: tuple[str, ...] = ()
@@ -108,16 +112,17 @@ class FakeKernel:
     a queue; `dying_programs` end at once, and so do `dying_successors`, which are names of processes; those in
     `keeping` hand over nothing, which shows when they are asked. `counters` and `last_words` are what processes say, by
     name, `supervised` and `lifetimes` what supervisors say, by profile and namespace; `reconciled` are those told to
-    mend.
+    mend. `leaked` are registrations to which idle rules referred that were removed: they stay until the next boot.
     """
 
     delete_ignores_references: bool = False
-    release: str = "6.1.0-fake"
+    release: str = ""
     machine: Machine = MACHINE
     probe_answers: dict[str, str] = field(default_factory=dict)
     has_cthelper: bool = True
     registrations: dict[HelperKey, Registration] = field(default_factory=dict)
     times_made: Counter[HelperKey] = field(default_factory=Counter)
+    leaked: set[HelperKey] = field(default_factory=set)
     namespaces: dict[str, FakeNetns] = field(default_factory=dict)
     gone: list[FakeNetns] = field(default_factory=list)
     modules_loaded: set[str] = field(default_factory=set)
@@ -143,6 +148,7 @@ class FakeKernel:
 
     def __post_init__(self) -> None:
         self.namespaces.setdefault("", FakeNetns(HOST))
+        self.release = self.release or ("7.3.0-fake" if self.delete_ignores_references else "6.1.0-fake")
 
     # -- for tests ----------------------------------------------------------------------------------------------------
 
@@ -210,6 +216,10 @@ class FakeKernel:
             if key in self.registrations and made != self.times_made[key]
         ]
 
+    def idle(self) -> list[tuple[str, Backend, str]]:
+        """Rules that attach nothing any more although they are loaded, as (namespace, backend, profile)."""
+        return [(space.netns.label, *at) for space in self._spaces() for at in sorted(space.idle)]
+
     def dump_text(self) -> str:
         """Everything there is, one line each, sorted: equal dumps mean equal hosts."""
         lines = [f"module {name}" for name in self.modules_loaded]
@@ -274,6 +284,25 @@ class FakeKernel:
         running = self.running_processes.items()
         return next((pid for pid, (seen, _) in running if (seen.profile, seen.netns, seen.name) == wanted), 0)
 
+    def idle_iptables(self) -> None:
+        """What unregistering a helper does to rules that attach one in a template."""
+        if not self.release.startswith("6.1."):
+            return
+        for space in self._spaces():
+            space.idle |= {
+                at
+                for at, rules in space.rules.items()
+                if not at[0].is_nftables and at not in space.flushed and references(rules)
+            }
+            if space.foreign_iptables:
+                space.idle.add((Backend.IPTABLES_LEGACY, ""))
+
+    def unload(self, space: FakeNetns, at: tuple[Backend, str]) -> None:
+        """Rules go, or others come in their place: idle ones do not let go of their helpers."""
+        if at in space.idle:
+            space.idle.discard(at)
+            self.leaked |= references(space.rules[at])
+
     def is_taken_by_kernel(self, key: HelperKey) -> bool:
         return any(
             (key.name, key.l4proto) in helpers
@@ -282,8 +311,10 @@ class FakeKernel:
         )
 
     def is_referenced(self, key: HelperKey) -> bool:
-        return any(key in references(rules) for space in self._spaces() for rules in space.rules.values()) or any(
-            key.name in space.foreign_references for space in self._spaces()
+        return key in self.leaked or any(
+            key.name in space.foreign_references | space.foreign_iptables
+            or any(key in references(rules) for rules in space.rules.values())
+            for space in self._spaces()
         )
 
 
@@ -338,6 +369,7 @@ class FakeRegistry:
         if self.kernel.is_referenced(key) and not self.kernel.delete_ignores_references:
             raise KernelError("unregister helper", str(key), errno.EBUSY)
         del self.kernel.registrations[key]
+        self.kernel.idle_iptables()
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,6 +386,7 @@ class FakeRules:
         # A table that is replaced in place keeps its helper objects, and what those found.
         kept = space.bound.get(at, {}) if at in space.rules and self.backend.is_nftables else {}
         self._load_one_by_one(space, rules)
+        self.kernel.unload(space, at)
         space.bound[at] = {key: kept.get(key, self.kernel.times_made[key]) for key in references(rules)}
         space.rules[at] = rules
         space.flushed.discard(at)
@@ -415,13 +448,16 @@ class FakeRules:
 
     def flush(self, netns: Netns, profile: str) -> None:
         self.kernel.modify("flush rules", profile)
-        self._take_one_by_one(self.kernel.at(netns), "flush rules", profile)
-        self.kernel.at(netns).flushed.add((self.backend, profile))
+        space, at = self.kernel.at(netns), (self.backend, profile)
+        self._take_one_by_one(space, "flush rules", profile)
+        self.kernel.unload(space, at)
+        space.flushed.add(at)
 
     def remove(self, netns: Netns, profile: str) -> None:
         self.kernel.modify("remove rules", profile)
         space, at = self.kernel.at(netns), (self.backend, profile)
         self._take_one_by_one(space, "remove rules", profile)
+        self.kernel.unload(space, at)
         space.rules.pop(at, None)
         space.flushed.discard(at)
         space.tampered.pop(at, None)
@@ -434,7 +470,10 @@ class FakeRules:
         return "fake 1"
 
     def foreign_references(self, netns: Netns) -> frozenset[str]:
-        return frozenset(self.kernel.at(netns).foreign_references) if self.backend.is_nftables else frozenset()
+        space = self.kernel.at(netns)
+        if self.backend.is_nftables:
+            return frozenset(space.foreign_references)
+        return frozenset(space.foreign_iptables if self.backend is Backend.IPTABLES_LEGACY else ())
 
 
 @dataclass(frozen=True, slots=True)

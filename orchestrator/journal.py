@@ -391,6 +391,11 @@ class Ledger:
         if self.mending(owner) != Mending():
             self.remember_mending(owner, Mending())
 
+    def forget_unused(self, live: tuple[HelperKey, ...]) -> None:
+        """Registrations that no profile uses are forgotten, but for those that are `live`."""
+        with _write(self._db, self.file):
+            self._forget_unused(live)
+
     def _forget_unused(self, live: tuple[HelperKey, ...]) -> None:
         marks = ", ".join("?" for _ in live)
         self._db.execute(

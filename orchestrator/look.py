@@ -19,7 +19,8 @@ def plan(
     wanted = launches(owner.profile, owner.netns, target.processes, target.documents)
     observed = observer.observe(owner, target)
     found = plan_apply(target, wanted, observed, owner)
-    if found.adopted or _may_wake(target, observed) or any(isinstance(s, DeleteRegistration) for s in found.steps):
+    is_leaving = bool(found.kept) or any(isinstance(step, DeleteRegistration) for step in found.steps)
+    if is_leaving or found.adopted or _may_wake(target, observed):
         observed = observer.observe(owner, target, is_thorough=True)
         found = plan_apply(target, wanted, observed, owner)
     return observed, plan_around.plan_around(target, wanted, observed, owner, spared=spared) if spared else found

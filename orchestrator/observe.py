@@ -24,6 +24,7 @@ from orchestrator.model import (
     Target,
 )
 from orchestrator.ports import System
+from orchestrator.release import idles_iptables
 from orchestrator.state import Applied, Observed, Owner, rules_name
 
 T = TypeVar("T")
@@ -90,6 +91,8 @@ class Observer:
             has_cthelper=bool(self.system.host.available_modules((_SUBSYSTEM,))),
             connections=self.system.host.connections(netns) if is_thorough and is_there else {},
             connections_elsewhere=self._connections_elsewhere(netns, users) if is_thorough else {},
+            idles_iptables=idles_iptables(self.system.host.kernel_release()),
+            would_idle=self.would_idle(but=owner) if is_thorough else (),
         )
 
     def _connections_elsewhere(self, netns: Netns, users: Mapping[HelperKey, tuple[Owner, ...]]) -> Mapping[str, int]:
@@ -123,6 +126,21 @@ class Observer:
         others = {key: tuple(o for o in owners if (o.profile, o.netns.identity) != me) for key, owners in users.items()}
         return {key: owners for key, owners in others.items() if owners}
 
+    def would_idle(self, *, but: Owner | None = None) -> tuple[str, ...]:
+        """Where iptables rules of anybody `but` one owner attach helpers, if this kernel makes such rules idle."""
+        if not idles_iptables(self.system.host.kernel_release()):
+            return ()
+        spared = (but.profile, but.netns.identity) if but else None
+
+        def look(netns: Netns) -> list[str]:
+            backends = [self.system.rules[backend] for backend in CONCRETE_BACKENDS if not backend.is_nftables]
+            ours = {profile for backend in backends for profile in backend.profiles(netns)}
+            found = [str(Owner(p, netns)) for p in sorted(ours) if (p, netns.identity) != spared]
+            is_foreign = any(backend.foreign_references(netns) for backend in backends)
+            return [*found, f"somebody else in netns {netns}"] if is_foreign else found
+
+        return tuple(place for netns in self._namespaces() for place in or_nothing(look, netns))
+
     def unrecorded(self) -> Iterable[tuple[Owner, Listing]]:
         """Rules of ours in any namespace that can be reached, of profiles that the ledger does not know, each once."""
         recorded = {(o.profile, o.netns.identity) for o in self.ledger.owners()}
@@ -138,6 +156,23 @@ class Observer:
 
         for netns in self._namespaces():
             yield from or_nothing(look, netns)
+
+    def unused(self) -> tuple[Registration, ...]:
+        """Registrations of ours that nobody uses any more, if nothing stands in the way of unregistering them."""
+        users = self.ledger.users()
+        mine = self.ledger.recorded().keys() - users.keys()
+        found = [r for r in self.system.registry.dump() if r.key in mine] if mine else []
+        if not found or self._has_iptables() or self.would_idle():
+            return ()
+        attached = {key for _, listing in self.unrecorded() for key in listing.helpers}
+        foreign = self._foreign_references()
+        return tuple(r for r in found if r.key not in attached and r.key.name not in foreign)
+
+    def _has_iptables(self) -> bool:
+        """Whether the ledger knows already what `would_idle` finds in each namespace."""
+        known = (applied.target for applied in self.ledger.applied())
+        is_any = any(target.attachments and not target.rules.backend.is_nftables for target in known)
+        return is_any and idles_iptables(self.system.host.kernel_release())
 
     def strays(self) -> tuple[Owner, ...]:
         """Profiles that the ledger does not know, told by rules or processes of ours, each once."""

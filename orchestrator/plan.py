@@ -174,7 +174,7 @@ def _apply_steps(
     switch = stand_in.switch if stand_in else ()
     kept_before = _keep(target, observed, fresh, quiet, [], started | stopped) if stand_in else []
     kept = _keep(target, observed, fresh, quiet, [*held, *switch], started | stopped)
-    unload, load = _rules_steps(target, observed, observed.stale | {r.key for r in fresh}, rules_reason)
+    unload, load = _rules_steps(target, observed, registrations, rules_reason)
     others = [RemoveRules(loaded_rules(x, observed, target.profile)) for x in other_listings(target.rules, observed)]
     is_replacing = bool(registrations.replace)
     surplus = [StopProcess(p, None) for p in processes.stop_last]
@@ -206,17 +206,8 @@ def _apply_steps(
         *(stand_in.leave() if stand_in else ()),
         *_enable_for_others(target, leaving, quiet),
         *(_delete(r) for r in leaving.retire),
-        *_load_again(target, leaving),
         *([SetReconcile(target.profile, target.reconcile)] if is_told_otherwise else []),
     )
-
-
-def _load_again(target: Target, leaving: Leaving) -> list[Step]:
-    """Linux 6.1 makes rules with `-j CT --helper` idle when any helper is unregistered, as those keep what they attach
-    in a connection that is never confirmed: nf_conntrack_extend.c, __nf_ct_ext_find.
-    """
-    is_idle = bool(leaving.retire and target.attachments) and not target.rules.backend.is_nftables
-    return [LoadRules(target.rules, target.rules)] if is_idle else []
 
 
 def _leave_queues(begun: SucceedProcess, observed: Observed) -> list[Step]:
@@ -244,7 +235,7 @@ def _to_quieten(
 
 
 def _rules_steps(
-    target: Target, observed: Observed, fresh: frozenset[HelperKey], reason: str
+    target: Target, observed: Observed, registrations: RegistrationPlan, reason: str
 ) -> tuple[list[Step], list[Step]]:
     """How to unload the rules, where they hold on to a helper that was or will be unregistered, and how to load them.
 
@@ -254,7 +245,13 @@ def _rules_steps(
     """
     before = live_listing(target.rules, observed)
     loaded = None if before is None else loaded_rules(before, observed, target.profile)
-    holding = [loaded_rules(x, observed, target.profile) for x in observed.listings if fresh & x.helpers]
+    made = {r.key for r in (*registrations.create, *(after for _, after in registrations.replace))}
+    forgetful = observed.idles_iptables and bool(registrations.replace)
+    holding = [
+        loaded_rules(listing, observed, target.profile)
+        for listing in observed.listings
+        if (observed.stale | made) & listing.helpers or (forgetful and not listing.backend.is_nftables)
+    ]
     drain = _drain(_rule_queues(observed)) if holding else []
     unload = [*([*map(FlushRules, holding), *drain] if drain else []), *map(RemoveRules, holding)]
     if loaded in holding:

@@ -59,7 +59,8 @@ def plan_registrations(target: Target, observed: Observed, waiting: frozenset[He
         (update if seen.can_become(wanted) else replaced).append((seen, wanted))
     wanted_keys = {r.key for r in (*target.registrations, *target.stock)}
     surplus = [live[key] for key in sorted(used_here(observed)) if key in live and key not in wanted_keys]
-    leaving = leaving_of(surplus, observed)
+    refusals += [_refuse_anew(wanted, observed) for _, wanted in replaced if observed.would_idle]
+    leaving = leaving_of(surplus, observed, has_iptables=_has_iptables(target, observed))
     return RegistrationPlan(tuple(create), tuple(update), tuple(replaced), leaving, tuple(adopted), tuple(refusals))
 
 
@@ -132,8 +133,17 @@ def _exactly(wanted: Sequence[Registration], observed: Observed) -> list[Registr
     return [r for r in observed.registrations if replace(r, status=Status.DISABLED) in quiet]
 
 
-def leaving_of(candidates: list[Registration], observed: Observed) -> Leaving:
-    """What becomes of registrations that this profile needs no more: others may use them, or name them in rules."""
+def _has_iptables(target: Target, observed: Observed) -> bool:
+    """Whether the rules of this profile are such as would be idle when a helper is unregistered."""
+    return observed.idles_iptables and bool(target.attachments) and not target.rules.backend.is_nftables
+
+
+def leaving_of(candidates: list[Registration], observed: Observed, *, has_iptables: bool = False) -> Leaving:
+    """What becomes of registrations that this profile needs no more: others may use them, or name them in rules.
+
+    Where any iptables rules would be idle after it, none is unregistered before those are gone.
+    """
+    idle = (*(["this profile"] if has_iptables else []), *observed.would_idle)
     retire: list[Registration] = []
     disable: list[Registration] = []
     kept: list[str] = []
@@ -144,9 +154,29 @@ def leaving_of(candidates: list[Registration], observed: Observed) -> Leaving:
         elif registration.key.name in observed.foreign_references:
             kept.append(f"{registration.key} stays, disabled: rules that orch did not write attach it")
             disable.append(registration)
+        elif idle:
+            kept.append(stays_for(registration.key, idle))
+            disable.append(registration)
         else:
             retire.append(registration)
     return Leaving(tuple(retire), tuple(disable), tuple(kept))
+
+
+def stays_for(key: HelperKey, places: Sequence[str]) -> str:
+    """A sentence of a registration that would go but for iptables rules in these places."""
+    return (
+        f"{key} stays, disabled: this kernel would make iptables rules idle, those of {', '.join(places)}; "
+        "the next apply or teardown without those removes it"
+    )
+
+
+def _refuse_anew(wanted: Registration, observed: Observed) -> Refusal:
+    return Refusal(
+        f"helper {wanted.key} has to be registered anew, which on this kernel would make iptables rules idle: those of "
+        + ", ".join(observed.would_idle),
+        hint="remove those first, or give the helper another name (name:)",
+        where="the helper registry is host-wide",
+    )
 
 
 def _refuse_create(wanted: Registration, observed: Observed) -> list[Refusal]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from orchestrator import look
 from orchestrator.errors import OrchError, RollbackError
-from orchestrator.execute import Execution
+from orchestrator.execute import EXPECTED, Execution, timed
 from orchestrator.model import Target
 from orchestrator.observe import or_nothing
 from orchestrator.ports import Host
+from orchestrator.release import drops_waiting_packets
 from orchestrator.reports import Report
 from orchestrator.state import DeleteRegistration, DrainQueues, Owner, Plan
 from orchestrator.work import Work
@@ -41,12 +42,25 @@ def remove(work: Work, owner: Owner, target: Target | None = None) -> Report:
     return Report(plan, notes=plan.kept, is_forgotten=plan.is_empty and observed.applied is not None)
 
 
+def remove_unused(work: Work) -> None:
+    """Unregister what earlier commands had to leave; what cannot be is warned of, and left to the next teardown."""
+    host = work.system.host
+    try:
+        unused = work.observer.unused()
+        for registration in unused:
+            timed(DeleteRegistration(registration), work.system, host.find_netns(""), work.talk.step)
+        if unused:
+            work.ledger.forget_unused(work.live_keys())
+    except EXPECTED as error:
+        work.talk.warn(f"what no profile uses any more stays registered: {error}")
+
+
 def _drop_warnings(host: Host, plan: Plan, owner: Owner) -> tuple[str, ...]:
     """Before 7.3, unregistering a helper makes the kernel drop every packet that waits in any queue of the host."""
     if not any(isinstance(step, DeleteRegistration) for step in plan.steps):
         return ()
     release = host.kernel_release()
-    if _version(release) >= (7, 3):
+    if not drops_waiting_packets(release):
         return ()
     ours = {step.registration.queue_num for step in plan.steps if isinstance(step, DeleteRegistration)}
     ours |= {number for step in plan.steps if isinstance(step, DrainQueues) for number in step.queues}
@@ -59,9 +73,3 @@ def _drop_warnings(host: Host, plan: Plan, owner: Owner) -> tuple[str, ...]:
     if not foreign:
         return ()
     return (f"kernel {release} drops the packets that wait in other queues of the host now: {'; '.join(foreign)}",)
-
-
-def _version(release: str) -> tuple[int, int]:
-    major, _, rest = release.partition(".")
-    minor = "".join(ch for ch in rest.split(".")[0].split("-")[0] if ch.isdigit())
-    return (int(major) if major.isdigit() else 0, int(minor or 0))

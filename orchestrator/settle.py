@@ -79,6 +79,7 @@ class Settling:
         leftovers = lead_back(
             begun,
             work.system,
+            work.ledger,
             netns if is_there else unsettled.owner.netns,
             work.talk.step,
             undone=lambda sequence: work.ledger.undone(unsettled.id, sequence),

@@ -28,8 +28,9 @@ from unittest.mock import patch
 
 from orchestrator import confirm, drift
 from orchestrator.errors import HelperProcessError, KernelError, OrchError, RollbackError
-from orchestrator.fake import FakeKernel
+from orchestrator.fake import FakeKernel, references
 from orchestrator.model import HELPER_PROGRAM, HelperKey, L3Proto, L4Proto, Policy, QueueRow, Registration, Status
+from orchestrator.release import idles_iptables
 from orchestrator.reports import TeardownReport, Trial
 from orchestrator.status import HostStatus, ProfileStatus
 from tests.adapters import CHANGES, LOOKS, wrapped
@@ -483,11 +484,27 @@ def check(kernel: FakeKernel, start: FakeKernel) -> None:
     assert kernel.deaf() == [], "a registration is enabled where nobody listens"
     assert set(kernel.dangling()) <= set(start.dangling()), "a rule names a helper that is not registered"
     assert of_others(kernel) == of_others(start), "something of others was touched"
+    assert kernel.idle() == [], "rules attach nothing any more"
+    assert not kernel.leaked, "a registration cannot be removed until the next boot"
 
 
 def state(kernel: FakeKernel) -> str:
-    """The dump but for loaded modules, which stay by design."""
-    return "\n".join(line for line in kernel.dump_text().splitlines() if not line.startswith("module "))
+    """The dump but for loaded modules, which stay by design, and registrations that must stay and do nothing."""
+    resting = {f"registration {registration}" for registration in at_rest(kernel)}
+    lines = kernel.dump_text().splitlines()
+    return "\n".join(line for line in lines if not line.startswith("module ") and line not in resting)
+
+
+def at_rest(kernel: FakeKernel) -> Iterator[Registration]:
+    """Disabled registrations that nothing uses, where the kernel would make iptables rules idle if one went."""
+    rules = [rules for space in kernel.namespaces.values() for rules in space.rules.values()]
+    if not idles_iptables(kernel.release) or all(one.backend.is_nftables for one in rules):
+        return
+    used = {key for one in rules for key in references(one)}
+    used |= {key for _, launch in kernel.running_processes.values() for key in launch.spec.keys}
+    for key, registration in kernel.registrations.items():
+        if registration.status is Status.DISABLED and key not in used:
+            yield registration
 
 
 def knowledge(status: HostStatus) -> Knowledge:
@@ -650,6 +667,7 @@ def scenarios() -> Iterator[Scenario]:
     yield from _half_done()
     yield from _on_trial()
     yield from _in_parts()
+    yield from _beside_iptables()
 
 
 def _updates() -> Iterator[Scenario]:
@@ -712,6 +730,23 @@ def _sharing() -> Iterator[Scenario]:
 
 def _named(helper: str) -> str:
     return helper.replace("}", ", name: own}").replace("{, ", "{")
+
+
+def _beside_iptables() -> Iterator[Scenario]:
+    """What would unregister a helper while iptables rules are loaded, its own or those of somebody else."""
+    less, both = (profile(*helpers, backend="iptables-nft") for helpers in ((CONNTRACKD,), BOTH))
+    yield Scenario("iptables, one more helper", (apply(less),), apply(both))
+    yield Scenario("iptables, one helper less", (apply(both),), apply(less))
+    yield Scenario("iptables, registration replaced", (apply(less), change_identity), apply(less))
+    other = apply(profile("ftp: {queueing: registration, name: own}", name="q", backend="iptables-nft"), "red")
+    for name, helper in (("conntrackd", CONNTRACKD), ("registration", ASKING)):
+        text = profile(helper)
+        yield Scenario(f"beside iptables, first apply, {name}", (other,), apply(text))
+        yield Scenario(f"beside iptables, teardown, {name}", (other, apply(text)), teardown())
+        named = apply(profile(_named(helper).replace("own", "my-own")))
+        yield Scenario(f"beside iptables, another name, {name}", (other, apply(text)), named)
+    one = (teardown("p", every_netns=True), teardown("q", every_netns=True))
+    yield Scenario("beside iptables, teardown of both", (other, apply(text)), teardown_all, between=one)
 
 
 def _drifts() -> Iterator[Scenario]:

@@ -9,10 +9,10 @@ from orchestrator import catalogue
 from orchestrator.doctor.facts import Facts, Unseen, UnseenError, attaches, listed, nfct, seen
 from orchestrator.doctor.findings import Finding, HostProbe, Verdict, note, problem, warning
 from orchestrator.model import Engine, HelperKey, Registration
+from orchestrator.release import OLDEST, version
 from orchestrator.status import HelperState, HelperStatus, ProfileStatus
 from orchestrator.verify.trials import is_of_trial
 
-_OLDEST_KERNEL = (6, 1)
 _OLDEST_PYTHON = (3, 11)
 _OLDEST_NFTABLES = (1, 0, 6)
 MODULES = ("nfnetlink_cthelper", "nfnetlink_queue", "nf_conntrack_netlink", "nft_ct", "nft_queue", "nft_fib")
@@ -22,7 +22,7 @@ _ROOT = "run as root on the host"
 def kernel(facts: Facts) -> Iterable[Finding]:
     """Before 6.1 helpers have another hook priority (5.14), and automatic assignment (6.0)."""
     release = facts.machine.release
-    if version(release) < _OLDEST_KERNEL:
+    if version(release) < OLDEST:
         yield problem(f"Linux {release} is older than 6.1, which orch was made for", "boot a newer kernel")
 
 
@@ -144,7 +144,7 @@ def directories(facts: Facts) -> Iterable[Finding]:
 def trials(facts: Facts) -> Iterable[Finding]:
     for name, keys in seen(facts.trials).items():
         left = f", and left {listed(keys)} registered" if keys else ""
-        yield warning(f"{name} was killed before its end{left}", "orch verify PROFILE, of any profile, takes it away")
+        yield warning(f"{name} did not clean up{left}", "orch verify PROFILE, of any profile, takes it away")
 
 
 def profiles(facts: Facts) -> Iterable[Finding]:
@@ -256,12 +256,6 @@ def _private_len(key: HelperKey) -> int:
     )
 
 
-def version(release: str) -> tuple[int, ...]:
-    """Major and minor of a kernel release; what does not begin with them counts as new."""
-    match = re.match(r"(\d+)\.(\d+)", release)
-    return (int(match[1]), int(match[2])) if match else _OLDEST_KERNEL
-
-
 def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", text)[:3])
 
@@ -280,7 +274,7 @@ HOST_PROBES = (
     HostProbe("ledger", "the ledger can be read", ledger),
     HostProbe("journal", "no command was left unfinished", journal),
     HostProbe("directories", "nothing is left over in the state directory", directories),
-    HostProbe("trials", "no orch verify was killed", trials),
+    HostProbe("trials", "every orch verify cleaned up", trials),
     HostProbe("profiles", "every profile is as it was applied", profiles),
     HostProbe("processes", "every helper process is supervised and runs", processes),
     HostProbe("names", "no kernel module holds a name that a helper needs", taken_names),

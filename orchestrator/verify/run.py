@@ -77,7 +77,7 @@ class Trial:
         """Raises OrchError if the profile cannot be tried here, Interrupted at a signal; nothing stays but modules."""
         for name, reason in trials.remove_abandoned().items():
             became = f"and something stays for now: {reason}" if reason else "what it left is taken away"
-            self.talk.warn(f"{name} was killed before its end: {became}")
+            self.talk.warn(f"{name} did not clean up: {became}")
         with trials.place() as place:
             state = place.state_dir
             registered = [r.key for r in kernel_system(state).registry.dump()]
@@ -102,6 +102,8 @@ class Trial:
             yield tuple(step.name for step in report.plan.steps if isinstance(step, LoadModule))
         finally:
             removal = last.teardown(desired.profile, every_netns=False)
+            for note in (note for one in removal.reports for note in one.notes):
+                self.talk.warn(note)
             if leftovers := tuple(line for one in removal.reports for line in one.leftovers):
                 raise NotRemovedError(leftovers)
 

@@ -21,6 +21,8 @@ from orchestrator.app import boot_id, kernel_system
 from orchestrator.errors import KernelError, OrchError
 from orchestrator.journal import Ledger
 from orchestrator.model import HelperKey
+from orchestrator.observe import Observer
+from orchestrator.plan_registrations import stays_for
 from orchestrator.ports import System
 
 RUNTIME = Path("/run")  # sockets are made in it, whose path may have 107 bytes: $TMPDIR can be longer
@@ -96,16 +98,18 @@ def _remove(system: System, state_dir: Path, keys: tuple[HelperKey, ...]) -> tup
     """
     with closing(Ledger.open(state_dir, boot_id=boot_id(), create=False)) as ledger:
         owners, recorded = ledger.owners(), ledger.recorded()
-    for process in system.processes.running():
-        system.processes.stop(process)
-    for owner in owners:
-        system.processes.cleanup(owner.profile, owner.netns)
-    deadline = system.clock.monotonic() + _RELEASED_WITHIN_S
-    mine = (r.key for r in system.registry.dump() if r.key in {*keys, *recorded})
-    left = tuple(filter(None, [_delete(system, key, deadline) for key in mine]))
-    if not left:
+        for process in system.processes.running():
+            system.processes.stop(process)
+        for owner in owners:
+            system.processes.cleanup(owner.profile, owner.netns)
+        deadline = system.clock.monotonic() + _RELEASED_WITHIN_S
+        mine = [r.key for r in system.registry.dump() if r.key in {*keys, *recorded}]
+        places = Observer(system, ledger).would_idle() if mine else ()
+        left = [stays_for(key, places) if places else _delete(system, key, deadline) for key in mine]
+    reasons = tuple(filter(None, left))
+    if not reasons:
         shutil.rmtree(state_dir, ignore_errors=True)
-    return left
+    return reasons
 
 
 def _delete(system: System, key: HelperKey, deadline: float) -> str:

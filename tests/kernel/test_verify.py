@@ -181,9 +181,9 @@ def test_what_a_killed_one_leaves_is_found_and_taken_away_by_the_next(
     cli.run(["doctor", "--json"])
     findings = json.loads(capsys.readouterr().out)["findings"]
     (found,) = (finding["cause"] for finding in findings if finding["probe"] == "trials")
-    assert found.startswith(f"{name} was killed before its end, and left v")
+    assert found.startswith(f"{name} did not clean up, and left v")
     assert Verified(directory, SMALL).code == 0
-    assert f"{name} was killed before its end: what it left is taken away" in capsys.readouterr().err
+    assert f"{name} did not clean up: what it left is taken away" in capsys.readouterr().err
 
 
 def enabled() -> bool:

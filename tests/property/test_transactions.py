@@ -16,6 +16,7 @@ from orchestrator.fake import FakeKernel
 from orchestrator.model import L4Proto
 from orchestrator.reports import PlanRefusedError
 from tests.examples import many
+from tests.faults import state
 from tests.hosts import Harness
 
 HELPERS = {
@@ -53,11 +54,6 @@ def host(directory: str, *, is_new: bool) -> tuple[Harness, FakeKernel]:
     return Harness(kernel.system(), Path(directory) / "state"), kernel
 
 
-def without_modules(kernel: FakeKernel) -> str:
-    """The dump but for loaded modules, which stay by design."""
-    return "\n".join(line for line in kernel.dump_text().splitlines() if not line.startswith("module "))
-
-
 def try_apply(orch: Harness, text: str) -> bool:
     """False where it was refused or failed: a kernel module and a user-space helper cannot both have a name."""
     try:
@@ -72,11 +68,11 @@ def try_apply(orch: Harness, text: str) -> bool:
 def test_apply_reaches_the_profile_and_teardown_leaves_nothing(texts: list[str], is_new: bool) -> None:  # noqa: FBT001
     with tempfile.TemporaryDirectory(dir=MEMORY) as directory:
         orch, kernel = host(directory, is_new=is_new)
-        empty = without_modules(kernel)
+        empty = state(kernel)
         for text in texts:
-            before = kernel.dump_text()
+            before = state(kernel)
             if not try_apply(orch, text):
-                assert kernel.dump_text() == before
+                assert state(kernel) == before
                 continue
             calls = len(kernel.calls)
             assert orch.diff(text).plan.is_empty
@@ -84,7 +80,7 @@ def test_apply_reaches_the_profile_and_teardown_leaves_nothing(texts: list[str],
             assert orch.status().profiles[0].drift == ()
             assert len(kernel.calls) == calls
         orch.teardown()
-        assert without_modules(kernel) == empty
+        assert state(kernel) == empty
 
 
 @given(profiles(), profiles(), st.booleans())
@@ -95,14 +91,14 @@ def test_a_fault_at_any_step_leaves_the_old_state(first: str, second: str, is_ne
         orch, kernel = host(directory, is_new=is_new)
         if not try_apply(orch, first):
             return
-        before = without_modules(kernel)
+        before = state(kernel)
         for call in range(100):
             calls = len(kernel.calls)
             kernel.fail_at(call, errno.EIO)
             if try_apply(orch, second) or len(kernel.calls) == calls:
                 break
             kernel._fail.clear()
-            assert without_modules(kernel) == before, f"call {call}"
+            assert state(kernel) == before, f"call {call}"
             assert orch.diff(first).plan.is_empty
         kernel._fail.clear()
         orch.teardown()
@@ -140,7 +136,7 @@ def test_enabled_implies_a_listener(steps: list[tuple[str, str, str, int]], is_n
                     kernel.kill(next(iter(kernel.running_processes)))
             except OrchError:
                 pass
-            assert kernel.deaf() == [], (number, action)
+            assert (kernel.deaf(), kernel.idle(), kernel.leaked) == ([], [], set()), (number, action)
         kernel._fail.clear()
         orch.teardown(every_netns=True)
         assert all(line.startswith("module ") for line in kernel.dump_text().splitlines())
@@ -181,7 +177,7 @@ def test_without_its_ledger_orch_finds_what_is_there(
                 with suppress(*((PlanRefusedError, RollbackError) if fault is None else (OrchError,))):
                     orch.apply(profile, netns)
                     assert orch.apply(profile, netns).plan.is_empty
-            assert kernel.deaf() == [], (number, action)
+            assert (kernel.deaf(), kernel.idle(), kernel.leaked) == ([], [], set()), (number, action)
         kernel._fail.clear()
         assert not any(report.leftovers for report in orch.teardown(every_netns=True).reports)
         assert all(line.startswith(("module ", "registration ")) for line in kernel.dump_text().splitlines())

@@ -726,16 +726,3 @@ def test_a_gone_namespace_is_told_and_released(orch: Harness, kernel: FakeKernel
     assert not kernel.running_processes
     assert not kernel.registrations
     assert not orch.status().profiles
-
-
-@pytest.mark.parametrize("backend", ["iptables-nft", "nftables"])
-def test_rules_that_an_unregistration_makes_idle_are_loaded_again(orch: Harness, backend: str) -> None:
-    text = f"profile: two\nbackend: {backend}\nhelpers:\n  ftp: {{queueing: registration}}\n"
-    orch.apply(text + "  tftp: {queueing: registration}\n")
-    orch.steps.clear()
-    orch.apply(text)
-    idle = backend != "nftables"
-    assert [step.split()[0] for step in orch.steps[-3:]] == (
-        ["unregister", "unregister", "load"] if idle else ["stop", "unregister", "unregister"]
-    )
-    assert orch.status().is_right

@@ -19,7 +19,7 @@ from orchestrator import cli
 from orchestrator.doctor.facts import Facts, Place, Unseen
 from orchestrator.doctor.findings import Finding, Verdict, examine
 from orchestrator.doctor.gather import gather
-from orchestrator.doctor.host_probes import HOST_PROBES, MODULES, version
+from orchestrator.doctor.host_probes import HOST_PROBES, MODULES
 from orchestrator.doctor.place_probes import PLACE_PROBES, takes_effect
 from orchestrator.fake import FakeKernel
 from orchestrator.model import Backend, HelperKey, L3Proto, L4Proto, Netns, Policy, QueueRow, Registration, Status
@@ -263,11 +263,6 @@ def test_modules_without_a_list_cannot_be_judged(sound: Facts) -> None:
 def test_which_rules_take_effect(hooks: list[tuple[str, int]], *, expected: bool) -> None:
     assert takes_effect(rule("ftp", hooks=tuple(hooks))) is expected
     assert takes_effect(rule("ftp", hooks=(), backend=Backend.IPTABLES_LEGACY))
-
-
-@pytest.mark.parametrize(("release", "expected"), [("6.1.0-56-amd64", (6, 1)), ("7.3", (7, 3)), ("odd", (6, 1))])
-def test_releases(release: str, expected: tuple[int, int]) -> None:
-    assert version(release) == expected
 
 
 def test_what_is_left_over_is_found(orch: Harness) -> None:
