@@ -21,6 +21,7 @@ from orchestrator.journal import Ledger
 from orchestrator.model import Netns, Registration, Rules, Status
 from orchestrator.observe import Observer
 from orchestrator.ports import Launch, ProcessSeen, System
+from orchestrator.release import idles_iptables
 from orchestrator.state import (
     CreateRegistration,
     DeleteRegistration,
@@ -104,7 +105,7 @@ class Execution:
         a registration while rules that name it could not be removed.
         """
         failures: list[str] = []
-        hazards = _Hazards()
+        hazards = _Hazards(idles_iptables(self.system.host.kernel_release()))
         for sequence, step in enumerate(self.plan.steps):
             self._stop_if_interrupted()
             if reason := hazards.forbid(step):
@@ -115,7 +116,7 @@ class Execution:
                 self._take_or_restart(sequence, step)
             except EXPECTED as error:
                 failures.append(f"{describe(step)}: {error}")
-                hazards.note(step)
+                hazards.note(step, error)
         return tuple(failures)
 
     def undo(self) -> tuple[str, ...]:
@@ -168,15 +169,18 @@ def _may_have_acted(step: Step, error: Exception) -> bool:
 
 @dataclass(slots=True)
 class _Hazards:
-    """What failed so far, and what would do harm after that."""
+    """What failed so far, and what would do harm after that; `idles`: see release.idles_iptables."""
 
+    idles: bool
     is_deaf: bool = False
     is_needed: bool = False
     has_rules: bool = False
     is_torn: bool = False
+    is_held: bool = False
     still_there: set[str] = field(default_factory=set)
 
-    def note(self, failed: Step) -> None:
+    def note(self, failed: Step, error: Exception | None = None) -> None:
+        is_busy = isinstance(error, KernelError) and error.errno == errno.EBUSY
         match failed:
             case StartProcess() | SucceedProcess() | ServeQueues():
                 self.is_deaf = True
@@ -189,6 +193,7 @@ class _Hazards:
                 self.has_rules = True
             case CreateRegistration() | DeleteRegistration():
                 self.is_torn = True
+                self.is_held = self.is_held or (is_busy and self.idles)
 
     def forbid(self, step: Step) -> str:
         """Why a step must not be taken any more; empty if it may.
@@ -207,6 +212,8 @@ class _Hazards:
                 return "the other one of that name did not end"
             case DeleteRegistration() if self.has_rules:
                 return "rules could not be removed"
+            case DeleteRegistration() if self.is_held:
+                return "rules still refer to another one, and would be idle"
             case LoadRules() if self.is_torn:
                 return "a registration is not as it was"
         return ""
@@ -232,7 +239,7 @@ def lead_back(
     A registration that was made stays, disabled and ours, where the kernel would make iptables rules idle after it.
     """
     leftovers: list[str] = []
-    hazards = _Hazards()
+    hazards = _Hazards(idles_iptables(system.host.kernel_release()))
     for sequence, step in reversed(done):
         back = _way_back(step, netns)
         if isinstance(step, StopProcess) and back is None:
@@ -253,7 +260,7 @@ def lead_back(
                 timed(back, system, netns, report, is_undo=True)
         except EXPECTED as error:
             leftovers.append(f"{describe(back)}: {error}")
-            hazards.note(back)
+            hazards.note(back, error)
         else:
             if not leftovers:
                 undone(sequence)

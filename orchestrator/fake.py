@@ -108,11 +108,12 @@ class FakeKernel:
     `fail_at(n, errno)` makes the n-th modifying call (from 0) fail; `calls` is the log of them. `on_modify` is told
     of each before it takes effect, and between the parts of one that is no single transaction of the kernel; it may
     raise whatever is to go wrong there. `not_ready` are processes that have not bound their queues yet.
-    `gone` are namespaces whose name was deleted. `programs` are those installed; `deaf_programs` start but never bind
-    a queue; `dying_programs` end at once, and so do `dying_successors`, which are names of processes; those in
-    `keeping` hand over nothing, which shows when they are asked. `counters` and `last_words` are what processes say, by
-    name, `supervised` and `lifetimes` what supervisors say, by profile and namespace; `reconciled` are those told to
-    mend. `leaked` are registrations to which idle rules referred that were removed: they stay until the next boot.
+    `gone` are namespaces whose name was deleted, `inhabited` the identities of those where a process of others runs.
+    `programs` are those installed; `deaf_programs` start but never bind a queue; `dying_programs` end at once, and so
+    do `dying_successors`, which are names of processes; those in `keeping` hand over nothing, which shows when they are
+    asked. `counters` and `last_words` are what processes say, by name, `supervised` and `lifetimes` what supervisors
+    say, by profile and namespace; `reconciled` are those told to mend. `leaked` are registrations to which idle rules
+    referred that were removed: they stay until the next boot.
     """
 
     delete_ignores_references: bool = False
@@ -125,6 +126,7 @@ class FakeKernel:
     leaked: set[HelperKey] = field(default_factory=set)
     namespaces: dict[str, FakeNetns] = field(default_factory=dict)
     gone: list[FakeNetns] = field(default_factory=list)
+    inhabited: set[str] = field(default_factory=set)
     modules_loaded: set[str] = field(default_factory=set)
     modules_available: dict[str, tuple[tuple[str, L4Proto], ...]] = field(default_factory=dict)
     module_ports: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -247,7 +249,7 @@ class FakeKernel:
 
     def _spaces(self) -> tuple[FakeNetns, ...]:
         """Every namespace that exists: those with a name, and those in which a process still runs."""
-        inhabited = {seen.netns for seen, _ in self.running_processes.values()}
+        inhabited = {seen.netns for seen, _ in self.running_processes.values()} | self.inhabited
         return (*self.namespaces.values(), *(n for n in self.gone if n.netns.identity in inhabited))
 
     def modify(self, operation: str, key: str) -> None:

@@ -134,7 +134,7 @@ def plan_teardown(observed: Observed, owner: Owner, mine: tuple[Registration, ..
         *(RemoveRules(rules) for rules in before),
         *([KeepRegistrations(stock)] if stops and stock else []),
         *stops,
-        *(_delete(r) for r in retire),
+        *(_delete(r) for r in _attached_first(retire, observed)),
     )
     changes = (
         *(Change(Action.DELETE, Scope.RULES, rules_name(rules), "") for rules in before),
@@ -149,6 +149,18 @@ def plan_teardown(observed: Observed, owner: Owner, mine: tuple[Registration, ..
         cut=sum(observed.connections.get(name, 0) for name in {r.key.name for r in mine}),
         kept=leaving.kept,
     )
+
+
+def _attached_first(retire: tuple[Registration, ...], observed: Observed) -> list[Registration]:
+    """The order in which to unregister: rules of a namespace that is gone may be there still, and would be idle then.
+
+    Those that they attach are refused, and after that no other is tried (execute.py, _Hazards).
+    """
+    target = observed.applied.target if observed.applied else None
+    if target is None or target.rules.backend.is_nftables or not observed.idles_iptables:
+        return list(retire)
+    attached = {attachment.key for attachment in target.attachments}
+    return sorted(retire, key=lambda registration: registration.key not in attached)
 
 
 def _apply_steps(

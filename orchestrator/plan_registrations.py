@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.model import HelperKey, Registration, Status, Target
+from orchestrator.release import stays_for
 from orchestrator.state import Action, Change, Observed, Refusal, Scope
 
 
@@ -160,14 +161,6 @@ def leaving_of(candidates: list[Registration], observed: Observed, *, has_iptabl
         else:
             retire.append(registration)
     return Leaving(tuple(retire), tuple(disable), tuple(kept))
-
-
-def stays_for(key: HelperKey, places: Sequence[str]) -> str:
-    """A sentence of a registration that would go but for iptables rules in these places."""
-    return (
-        f"{key} stays, disabled: this kernel would make iptables rules idle, those of {', '.join(places)}; "
-        "the next apply or teardown without those removes it"
-    )
 
 
 def _refuse_anew(wanted: Registration, observed: Observed) -> Refusal:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 OLDEST = (6, 1)
 
@@ -26,3 +27,11 @@ def idles_iptables(release: str) -> bool:
     helper; removed, it never lets go of it. Tried: 6.1 does that, 6.12 and 7.3 do not; what is between was not tried.
     """
     return (5, 19) <= version(release) < (6, 12)
+
+
+def stays_for(registration: object, places: Iterable[str]) -> str:
+    """A sentence of a registration that would go but for iptables rules in these places."""
+    return (
+        f"{registration} stays, disabled: this kernel would make iptables rules idle, those of {', '.join(places)}; "
+        "the next apply or teardown without those removes it"
+    )

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from orchestrator.model import HelperKey, L3Proto, L4Proto, Netns, QueueRow, Registration
 from orchestrator.ports import HelperRule, LabelRule, Machine, ProcessSeen
+from orchestrator.release import idles_iptables
 from orchestrator.state import Applied
 from orchestrator.status import HostStatus
 
@@ -80,6 +81,17 @@ class Facts:
 
     def applied_at(self, netns: Netns) -> tuple[Applied, ...]:
         return tuple(a for a in self.applied if a.owner.netns.identity == netns.identity)
+
+    def may_become_idle(self, place: Place) -> tuple[str, ...]:
+        """Helpers that rules of a place attach which this kernel makes idle when any helper is unregistered."""
+        if not idles_iptables(self.machine.release):
+            return ()
+        return tuple(rule.helper for rule in seen(place.rules) if not rule.backend.is_nftables)
+
+    @property
+    def but_when(self) -> str:
+        """How a cure ends that unregisters a helper: when that makes no rule idle; empty if at any time."""
+        return ", once no iptables rule attaches a helper" if any(map(self.may_become_idle, self.places)) else ""
 
     @property
     def queued_by_rules(self) -> frozenset[HelperKey]:

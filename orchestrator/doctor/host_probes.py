@@ -203,7 +203,8 @@ def taken_names(facts: Facts) -> Iterable[Finding]:
     if names and (_uses_conntrackd(facts) or facts.machine.programs.get("conntrackd")):
         yield warning(
             f"the kernel's own helpers hold {listed(names)}: engine conntrackd cannot register them",
-            f"unless rules use them: rmmod {' '.join(sorted(m for m, t in idle.items() if t))}; or use engine native",
+            f"unless rules use them: rmmod {' '.join(sorted(m for m, t in idle.items() if t))}{facts.but_when};"
+            " or use engine native",
         )
 
 
@@ -226,16 +227,18 @@ def registrations(facts: Facts) -> Iterable[Finding]:
         if not is_ours and registration.priv_data_len < _private_len(key):
             yield problem(
                 f"{key} has {registration.priv_data_len} bytes of private data: conntrackd crashes on its packets",
-                f"{nfct('delete', key)}, and register it anew with {_private_len(key)}",
+                f"{nfct('delete', key)}{facts.but_when}, and register it anew with {_private_len(key)}",
             )
         if key in stock or not facts.is_whole or _is_attached(facts, registration):
             continue
-        if is_ours:
+        if is_ours and facts.but_when:
+            yield note(f"{key} stays registered while iptables rules are loaded, as those would be idle after it")
+        elif is_ours:
             yield warning(f"{key} is registered by orch, and no rule attaches it", "orch apply, or orch teardown")
         else:
             yield warning(
                 f"{key} ({registration.status}, queue {registration.queue_num}) is not orch's, and no rule attaches it",
-                f"if nobody needs it: {nfct('delete', key)}",
+                f"if nobody needs it: {nfct('delete', key)}{facts.but_when}",
             )
 
 

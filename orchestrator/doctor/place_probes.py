@@ -61,6 +61,15 @@ def dead_rules(facts: Facts, place: Place) -> Iterable[Finding]:
             )
 
 
+def idle_rules(facts: Facts, place: Place) -> Iterable[Finding]:
+    """What others do to rules that work: nothing tells of it, and orch itself does not."""
+    if helpers := facts.may_become_idle(place):
+        yield warning(
+            f"iptables rules attach {listed(helpers)}: idle, without a word, once anybody unregisters any helper",
+            "use backend: nftables; or unregister none, and unload no module that has one",
+        )
+
+
 def one_family(_: Facts, place: Place) -> Iterable[Finding]:
     """nft takes a helper that is registered for one family into an inet table, and the other is not covered."""
     if not _has_ip6(place):
@@ -238,6 +247,7 @@ def flowtables(_: Facts, place: Place) -> Iterable[Finding]:
 PLACE_PROBES = (
     PlaceProbe("rules", "every rule that attaches a helper takes effect", silent_rules),
     PlaceProbe("dead rules", "every attached helper is registered", dead_rules),
+    PlaceProbe("idle rules", "no rule can be made idle", idle_rules),
     PlaceProbe("families", "no rule leaves a family out unseen", one_family),
     PlaceProbe("listeners", "every attached helper has its listener", listeners),
     PlaceProbe("queues", "queues have their listeners and have dropped nothing", queues),

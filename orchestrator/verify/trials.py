@@ -22,8 +22,8 @@ from orchestrator.errors import KernelError, OrchError
 from orchestrator.journal import Ledger
 from orchestrator.model import HelperKey
 from orchestrator.observe import Observer
-from orchestrator.plan_registrations import stays_for
 from orchestrator.ports import System
+from orchestrator.release import stays_for
 
 RUNTIME = Path("/run")  # sockets are made in it, whose path may have 107 bytes: $TMPDIR can be longer
 _NAME = "orch-verify-"

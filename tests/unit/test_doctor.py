@@ -136,6 +136,7 @@ def ailing(orch: Harness, kernel: FakeKernel) -> Facts:
         rule("first-us", "inet raw late", is_late=True),
         rule("first-us", "inet raw lost", hooks=()),
         rule("gone", families=tuple(L3Proto)),
+        rule("first-us", "ip raw PREROUTING", hooks=(), backend=Backend.IPTABLES_LEGACY),
     )
     space.dropping_filters = ("inet filter forward",)
     space.foreign_queues = ("inet ips forward",)
@@ -146,7 +147,7 @@ def ailing(orch: Harness, kernel: FakeKernel) -> Facts:
     space.queues[6] = QueueRow(6, 4000, 0, 0, 0, 0, copy_mode=0)
     space.queues[7] = QueueRow(7, 4000, 3, 12, 5, 100)
     kernel.machine = Machine(
-        release="5.10.0-9-amd64",
+        release="6.0.0-9-amd64",
         python=(3, 10),
         has_net_admin=False,
         is_initial_userns=False,
@@ -353,7 +354,7 @@ def cli_on(kernel: FakeKernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_command(cli_on: None, kernel: FakeKernel, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["doctor"]) == 0
-    assert capsys.readouterr().out == "0 problems, 0 warnings, 0 skipped, 33 ok (-v shows them).\n"
+    assert capsys.readouterr().out == "0 problems, 0 warnings, 0 skipped, 34 ok (-v shows them).\n"
     kernel.probe_answers = {"nft_queue": "ENOENT"}
     assert cli.run(["doctor", "--probe", "--json"]) == 2
     result = json.loads(capsys.readouterr().out)

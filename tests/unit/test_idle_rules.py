@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.doctor.findings import Verdict, examine
+from orchestrator.doctor.gather import gather
+from orchestrator.doctor.host_probes import HOST_PROBES
+from orchestrator.doctor.place_probes import PLACE_PROBES
 from orchestrator.errors import KernelError
 from orchestrator.fake import FakeKernel
 from orchestrator.model import HelperKey, L3Proto, L4Proto, Policy, Registration, Status
@@ -151,6 +155,32 @@ def wider(kernel: FakeKernel, key: HelperKey) -> None:
     """Somebody registered it with other private data: that cannot be changed in place."""
     seen = kernel.registrations[key]
     kernel.registrations[key] = replace(seen, priv_data_len=seen.priv_data_len + 4)
+
+
+def test_rules_of_a_namespace_that_is_gone_may_be_there_still(orch: Harness, kernel: FakeKernel) -> None:
+    """Some other process runs in it: nobody finds the way there, and the kernel tells of it only by a refusal."""
+    orch.apply(CONNTRACKD, "blue")
+    for pid in list(kernel.running_processes):
+        kernel.kill(pid)
+    kernel.gone.append(kernel.namespaces.pop("blue"))
+    kernel.inhabited.add(kernel.gone[0].netns.identity)
+    (report,) = orch.teardown(every_netns=True).reports
+    assert report.leftovers == (
+        "unregister helper ftp-us/ip/tcp: cannot unregister helper ftp-us/ip/tcp: rules still refer to it",
+        "unregister helper ftp/ip/tcp: not tried, as rules still refer to another one, and would be idle",
+    )
+    assert is_unharmed(kernel)
+    kernel.inhabited.clear()
+    orch.teardown(every_netns=True)
+    assert (kernel.registrations, is_unharmed(kernel)) == ({}, True)
+
+
+def test_doctor_knows_why_it_stays(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(BOTH, "blue")
+    orch.apply(ONE, "blue")
+    found = [f for f in examine(gather(orch.app()), HOST_PROBES, PLACE_PROBES) if "tftp-us" in f.cause]
+    assert {(f.probe, f.verdict) for f in found} == {("registrations", Verdict.OK)}
+    assert "stays registered while iptables rules are loaded" in found[0].cause
 
 
 def test_what_a_failed_apply_made_rests_and_is_ours(orch: Harness, kernel: FakeKernel) -> None:

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "orchestrator"
 
 # What each layer may import from the project, besides itself; the lists are short on purpose.
 BASE = {"orchestrator", "errors", "model"}
-PURE = BASE | {"ports", "state", "catalogue", "overlap", "launches", "serial"}
+PURE = BASE | {"ports", "state", "catalogue", "overlap", "launches", "release", "serial"}
 PROFILE = BASE | {"catalogue", "document", "overlap", "yamltext"}
 PROFILE |= {"profile_schema", "resolve", "choose", "attach", "queues"}
 PLAN = PURE | {"plan_registrations", "plan_processes", "plan_rules", "plan_standin", "queues"}
@@ -25,6 +25,7 @@ LAYERS: dict[str, set[str]] = {
     "ports": BASE | {"engine"},
     "state": BASE | {"ports"},
     "serial": set(),
+    "release": set(),
     "engine": set(),
     "helpers": {"engine"},
     "catalogue": BASE | {"engine"},
@@ -36,7 +37,7 @@ LAYERS: dict[str, set[str]] = {
     **dict.fromkeys(("plan", "plan_registrations", "plan_processes", "plan_rules", "plan_standin"), PLAN),
     "plan_around": PLAN | {"plan"},
     "journal": PURE,
-    "execute": PURE | {"journal"},
+    "execute": PURE | {"journal", "observe"},
     "observe": PURE | {"journal"},
     "status": PURE | {"engine"},
     "reports": PURE | {"execute"},
@@ -67,7 +68,7 @@ LAYERS: dict[str, set[str]] = {
     "watchdog": PURE | {"app", "execute", "journal", "reports", "supervise"},
     "boot": BASE | {"render"},
     "complete": set(),
-    "verify": PURE | {"app", "journal", "kernel", "render", "reports", "verify"},
+    "verify": PURE | {"app", "journal", "kernel", "observe", "render", "reports", "verify"},
     "session": COMMAND | {"complete", "watchdog"},
     "commands": COMMAND
     | {"doctor", "drift", "events", "explain", "journal", "exporter", "session", "verify", "watcher"}
