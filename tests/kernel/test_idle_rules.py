@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -14,8 +15,9 @@ from lab import topology
 from lab.topology import CLIENT, CONTENT, PASSIVE, ROUTER, ROUTER_FILTER
 from orchestrator.model import HelperKey, L3Proto, L4Proto
 from orchestrator.release import idles_iptables
+from orchestrator.verify import trials
 from tests.hosts import Harness
-from tests.kernel.conftest import turns
+from tests.kernel.conftest import cli_here, turns
 
 IDLES = idles_iptables(os.uname().release)
 FTP = "ftp: {queueing: registration}"
@@ -52,6 +54,22 @@ def test_whatever_orch_does(orch: Harness, backend: str) -> None:
     assert works()
     orch.teardown(every_netns=True)
     assert registered(orch) == set(), "nothing was left in the way"
+
+
+@pytest.mark.skipif(not IDLES, reason="elsewhere a trial leaves nothing")
+def test_a_trial_beside_them(orch: Harness, tmp_path: Path) -> None:
+    topology.load_filter(ROUTER, ROUTER_FILTER)
+    orch.apply(profile("iptables-nft", FTP), ROUTER)
+    file = tmp_path / "tried.yaml"
+    file.write_text("profile: tried\nfamilies: [ip]\nhelpers:\n  ftp: {attach: [{path: [outgoing]}]}\n")
+    done = cli_here("verify", str(file), state=tmp_path / "unused")
+    assert (done.returncode, "stays, disabled: this kernel would make iptables rules idle" in done.stderr) == (0, True)
+    assert works()
+    assert all("stays, disabled" in reason for reason in trials.remove_abandoned().values())
+    assert works()
+    orch.teardown(every_netns=True)
+    assert list(trials.remove_abandoned().values()) == [""]
+    assert registered(orch) == set()
 
 
 @pytest.mark.skipif(IDLES, reason="the rules would be idle, and their helper registered, until the next boot")
