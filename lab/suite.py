@@ -22,24 +22,23 @@ HOST = "host"
 AT_ONCE = 2
 GUEST_TIMEOUT_S = 3600
 
-# A kernel's tests in parts of about the same length, each for a guest of its own, so that all guests have work to the
-# end. Who is named in no part is in the rest. The tests that only one kernel has are a part of that one alone.
+# A kernel's tests in parts, each for a guest of its own, the longest first: so all processors have work to the end.
+# Who is named in no part is in the rest. The tests that only one kernel has are a part of that one alone.
 NAMED_PARTS = {
-    "native": (
-        "tests/kernel/test_native.py",
-        "tests/kernel/test_native_traffic.py",
-        "tests/kernel/test_rule_queueing.py",
-    ),
-    "sessions": (
+    "traffic": (
         "tests/kernel/test_doctor.py",
         "tests/kernel/test_lifetimes.py",
+        "tests/kernel/test_native.py",
+        "tests/kernel/test_native_traffic.py",
         "tests/kernel/test_oracle.py",
         "tests/kernel/test_real_software.py",
+        "tests/kernel/test_rule_queueing.py",
         "tests/kernel/test_verify.py",
     ),
     "changes": (
         "tests/kernel/test_drift.py",
         "tests/kernel/test_faults.py",
+        "tests/kernel/test_idle_rules.py",
         "tests/kernel/test_namespaces.py",
         "tests/kernel/test_supervision.py",
         "tests/kernel/test_zero_gap.py",
@@ -54,7 +53,7 @@ FIRST_KERNEL_PARTS = {
 }
 KERNEL_TESTS = ("tests/kernel", "tests/contract")
 _NAMED_FILES = [file for files in (*FIRST_KERNEL_PARTS.values(), *NAMED_PARTS.values()) for file in files]
-PARTS = {"rest": (*KERNEL_TESTS, *(f"--ignore={file}" for file in _NAMED_FILES)), **NAMED_PARTS}
+PARTS = {**NAMED_PARTS, "rest": (*KERNEL_TESTS, *(f"--ignore={file}" for file in _NAMED_FILES))}
 
 
 @dataclass(frozen=True, slots=True)

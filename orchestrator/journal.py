@@ -114,11 +114,7 @@ class Ledger:
             raise _broken(error, self.file, "read") from error
 
     def _value(self, kind: Any, text: str) -> Any:
-        return self._decoded(functools.partial(from_json, kind), text)
-
-    def _applied(self, text: str) -> Applied:
-        applied: Applied = self._decoded(_decode_applied, text)
-        return applied
+        return self._decoded(functools.partial(_read, kind), text)
 
     def _key(self, text: str) -> HelperKey:
         key: HelperKey = self._decoded(HelperKey.parse, text)
@@ -132,7 +128,7 @@ class Ledger:
 
     def applied(self) -> tuple[Applied, ...]:
         rows = self._rows("SELECT value FROM applied ORDER BY netns, profile")
-        return tuple(self._applied(value) for (value,) in rows)
+        return tuple(self._value(Applied, value) for (value,) in rows)
 
     def owners(self) -> tuple[Owner, ...]:
         """Who has something applied; cheaper than `applied` as nothing large is decoded."""
@@ -194,7 +190,7 @@ class Ledger:
         result = []
         for tx, command, owner in self._rows("SELECT id, command, owner FROM transaction_ ORDER BY id"):
             rows = self._rows("SELECT state, value FROM step WHERE tx = ? ORDER BY seq", (tx,))
-            planned: tuple[Step, ...] = tuple(self._value(Step, value) for _, value in rows)
+            planned: tuple[Step, ...] = tuple(self._decoded(_read_step, value) for _, value in rows)
             begun = tuple((n, step) for n, step in enumerate(planned) if rows[n][0] == "begun")
             result.append(Unsettled(tx, command, self._value(Owner, owner), planned, begun))
         return tuple(unsettled for unsettled in result if of is None or unsettled.is_of(of))
@@ -215,7 +211,7 @@ class Ledger:
             "SELECT command, value FROM history WHERE profile = ? AND netns = ? ORDER BY id DESC",
             (owner.profile, owner.netns.identity),
         )
-        return tuple(Past(command, self._applied(value)) for command, value in rows)
+        return tuple(Past(command, self._value(Applied, value)) for command, value in rows)
 
     def remembered(self) -> tuple[Owner, ...]:
         """Who has a history; something need not be applied any more."""
@@ -481,11 +477,17 @@ def note_child(directory: Path, pid: int) -> None:
         file.write(f"\n(pid {pid})")
 
 
+@functools.lru_cache(maxsize=64)
+def _read_step(text: str) -> Step:
+    """Those of the few plans that are under way."""
+    step: Step = from_json(Step, text)
+    return step
+
+
 @functools.lru_cache(maxsize=1024)
-def _decode_applied(text: str) -> Applied:
+def _read(kind: Any, text: str) -> Any:
     """Decoded again only when it changed: an exporter reads the same large texts at every scrape."""
-    applied: Applied = from_json(Applied, text)
-    return applied
+    return from_json(kind, text)
 
 
 def _try_lock(descriptor: int, kind: int) -> bool:
