@@ -135,6 +135,7 @@ def plan_teardown(observed: Observed, owner: Owner, mine: tuple[Registration, ..
         *([KeepRegistrations(stock)] if stops and stock else []),
         *stops,
         *(_delete(r) for r in _attached_first(retire, observed)),
+        *_enable_what_waited([live[r.key] for r in mine if r.key in live], observed),
     )
     changes = (
         *(Change(Action.DELETE, Scope.RULES, rules_name(rules), "") for rules in before),
@@ -149,6 +150,16 @@ def plan_teardown(observed: Observed, owner: Owner, mine: tuple[Registration, ..
         cut=sum(observed.connections.get(name, 0) for name in {r.key.name for r in mine}),
         kept=leaving.kept,
     )
+
+
+def _enable_what_waited(shared: list[Registration], observed: Observed) -> list[Step]:
+    """Others may have waited for this profile to listen or to go (registrations_waiting), and for nobody else."""
+    return [
+        UpdateRegistration(r, replace(r, status=Status.ENABLED))
+        for r in sorted(shared, key=by_key)
+        if r.status is Status.DISABLED and r.key in observed.users and r.key not in observed.deaf
+        if r.key in observed.recorded and observed.recorded[r.key].status is Status.ENABLED
+    ]
 
 
 def _attached_first(retire: tuple[Registration, ...], observed: Observed) -> list[Registration]:

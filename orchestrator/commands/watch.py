@@ -92,7 +92,9 @@ def watch(
             reports = watcher.look_once(
                 owners, mend, teller.tell, within_s=_ONCE_WITHIN_S, sleep=sleep, interrupted=interrupted
             )
-        return session.result(_code(reports), "", profiles=len(owners))
+        if profile and not owners:
+            session.warn(f"profile {profile} is not applied")
+        return session.result(_code(reports, is_there=bool(owners or not profile)), "", profiles=len(owners))
 
     def interruptible(owner: Owner) -> MendReport:
         """To mend many things may take minutes, and no service manager waits as long."""
@@ -115,14 +117,14 @@ def _say_nothing(_outcome: StepOutcome) -> None:
     pass
 
 
-def _code(reports: list[MendReport]) -> ExitCode:
+def _code(reports: list[MendReport], *, is_there: bool) -> ExitCode:
     from orchestrator.drift import Outcome
 
     outcomes = {report.outcome for report in reports}
     if any(r.outcome is Outcome.FAILED or (r.outcome is Outcome.MENDED and r.reason) for r in reports):
         return ExitCode.FAILED
     is_right = outcomes <= {Outcome.RIGHT, Outcome.MENDED} and not any(report.is_partial for report in reports)
-    return ExitCode.OK if is_right else ExitCode.DIFFERS
+    return ExitCode.OK if is_right and is_there else ExitCode.DIFFERS
 
 
 class _Teller:

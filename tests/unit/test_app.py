@@ -488,6 +488,21 @@ def test_enabling_does_not_block_another_namespace(orch: Harness, kernel: FakeKe
     assert orch.status().is_right
 
 
+def test_a_teardown_enables_what_waited_for_it(orch: Harness, kernel: FakeKernel) -> None:
+    for name in ("blue", "red", "green"):
+        kernel.add_netns(name)
+        orch.apply(FTP, name)
+    for pid in list(kernel.running_processes):
+        kernel.kill(pid)
+    orch.apply(FTP, "blue")
+    orch.teardown("ftp", "green")
+    assert kernel.registrations[OWN].status is Status.DISABLED, "nobody listens in red"
+    orch.teardown("ftp", "red")
+    assert orch.steps[-1] == "enable helper ftp-us/ip/tcp"
+    assert orch.status().is_right
+    assert orch.apply(FTP, "blue").plan.is_empty
+
+
 def test_nor_one_that_the_ledger_has_lost(orch: Harness, kernel: FakeKernel) -> None:
     for name in ("blue", "red"):
         kernel.add_netns(name)

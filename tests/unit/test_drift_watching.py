@@ -494,6 +494,8 @@ def test_once_mends_and_a_dry_run_does_not(netns: str, profile: Path) -> None:
     state = profile.parent / "state"
     assert run_orch(state, "apply", str(profile)).returncode == 0
     assert run_orch(state, "watch", "--once").returncode == 0
+    nobodys = run_orch(state, "watch", "nobodys", "--once")
+    assert (nobodys.returncode, nobodys.stderr) == (2, "warning: profile nobodys is not applied\n")
     inside(netns, "nft", "flush", "ruleset")
     dry = run_orch(state, "watch", "--once", "--dry-run")
     assert (dry.returncode, "inet orch-ftp missing" in dry.stdout) == (2, True)
