@@ -125,7 +125,8 @@ class App:
             wanted = Wanted(owner, desired.source, target, helpers)
             ledger.forget_mending(wanted.owner)
             report = self.establish(ledger, wanted, ask=ask, trial=trial)
-            remove_unused(self._work(ledger))
+            if not report.declined:
+                remove_unused(self._work(ledger))
             return report
 
     # -- teardown -----------------------------------------------------------------------------------------------------
@@ -155,7 +156,8 @@ class App:
             others = tuple(o for o in everything.values() if o not in mine)
             if any(work.observer.is_there(owner.netns) for owner in mine):
                 self.refuse_while_pending(ledger)
-            mine = [work.reachable(owner) for owner in mine]
+            # What iptables rules are in the way of goes with the others, when those are gone.
+            mine = sorted(map(work.reachable, mine), key=lambda owner: not ledger.attaches_by_iptables(owner))
             # Every question comes before the first effect; each plan is made when those before it are carried out,
             # as two profiles may share what the last of them takes away.
             plans = [look.plan_removal(work.observer, owner, target)[1] for owner in mine]

@@ -84,6 +84,8 @@ class Establishing:
     def _plan(self) -> tuple[Observed, Plan]:
         self.work.recognise(self.wanted.owner.netns)
         observed, plan = self._look()
+        if observed.has_strays is not None:
+            self.work.ledger.remember_strays(are_there=observed.has_strays)
         if plan.refusals:
             raise PlanRefusedError(plan.refusals)
         return observed, plan

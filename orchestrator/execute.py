@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from orchestrator.journal import Ledger
 from orchestrator.model import Netns, Registration, Rules, Status
 from orchestrator.observe import Observer
 from orchestrator.ports import Launch, ProcessSeen, System
-from orchestrator.release import idles_iptables
+from orchestrator.release import idles_iptables, stays_for
 from orchestrator.state import (
     CreateRegistration,
     DeleteRegistration,
@@ -30,6 +31,7 @@ from orchestrator.state import (
     KeepRegistrations,
     LoadModule,
     LoadRules,
+    Owner,
     Plan,
     RemoveRules,
     ServeQueues,
@@ -105,7 +107,7 @@ class Execution:
         a registration while rules that name it could not be removed.
         """
         failures: list[str] = []
-        hazards = _Hazards(idles_iptables(self.system.host.kernel_release()))
+        hazards = _Hazards(self._may_idle_unseen())
         for sequence, step in enumerate(self.plan.steps):
             self._stop_if_interrupted()
             if reason := hazards.forbid(step):
@@ -122,7 +124,15 @@ class Execution:
     def undo(self) -> tuple[str, ...]:
         """Lead back from everything done so far, newest first; returns a sentence for each step that could not be."""
         done, self._done = self._done, []
-        return lead_back(done, self.system, self.ledger, self.plan.netns, self.report, self._note_undone)
+        return lead_back(done, self.system, self.ledger, self._owner, self.report, self._note_undone)
+
+    @property
+    def _owner(self) -> Owner:
+        return Owner(self.plan.profile, self.plan.netns)
+
+    def _may_idle_unseen(self) -> bool:
+        is_by_iptables = self.ledger.attaches_by_iptables(self._owner)
+        return is_by_iptables and idles_iptables(self.system.host.kernel_release())
 
     def _take(self, sequence: int, step: Step) -> None:
         self.ledger.intend(self.tx, sequence)
@@ -169,9 +179,12 @@ def _may_have_acted(step: Step, error: Exception) -> bool:
 
 @dataclass(slots=True)
 class _Hazards:
-    """What failed so far, and what would do harm after that; `idles`: see release.idles_iptables."""
+    """What failed so far, and what would do harm after that.
 
-    idles: bool
+    `may_idle`: where a helper is not let go of, iptables rules that nobody sees would be idle after another one.
+    """
+
+    may_idle: bool = False
     is_deaf: bool = False
     is_needed: bool = False
     has_rules: bool = False
@@ -180,7 +193,6 @@ class _Hazards:
     still_there: set[str] = field(default_factory=set)
 
     def note(self, failed: Step, error: Exception | None = None) -> None:
-        is_busy = isinstance(error, KernelError) and error.errno == errno.EBUSY
         match failed:
             case StartProcess() | SucceedProcess() | ServeQueues():
                 self.is_deaf = True
@@ -193,7 +205,8 @@ class _Hazards:
                 self.has_rules = True
             case CreateRegistration() | DeleteRegistration():
                 self.is_torn = True
-                self.is_held = self.is_held or (is_busy and self.idles)
+                is_busy = isinstance(error, KernelError) and error.errno == errno.EBUSY
+                self.is_held = self.is_held or (self.may_idle and is_busy)
 
     def forbid(self, step: Step) -> str:
         """Why a step must not be taken any more; empty if it may.
@@ -213,7 +226,7 @@ class _Hazards:
             case DeleteRegistration() if self.has_rules:
                 return "rules could not be removed"
             case DeleteRegistration() if self.is_held:
-                return "rules still refer to another one, and would be idle"
+                return "rules still refer to another one, and could be idle after it"
             case LoadRules() if self.is_torn:
                 return "a registration is not as it was"
         return ""
@@ -227,9 +240,11 @@ def lead_back(
     done: Sequence[tuple[int, Step]],
     system: System,
     ledger: Ledger,
-    netns: Netns,
+    owner: Owner,
     report: Callable[[Outcome], None],
     undone: Callable[[int], None],
+    *,
+    unseen: tuple[str, ...] = (),
 ) -> tuple[str, ...]:
     """Undo steps, newest first; returns a sentence for each that could not be undone.
 
@@ -237,9 +252,12 @@ def lead_back(
     later ones may have found nothing that they could undo.
 
     A registration that was made stays, disabled and ours, where the kernel would make iptables rules idle after it.
+    `unseen` is where there may be some that cannot be looked at.
     """
     leftovers: list[str] = []
-    hazards = _Hazards(idles_iptables(system.host.kernel_release()))
+    netns = owner.netns
+    places = functools.cache(lambda: unseen or Observer(system, ledger).in_the_way(owner))
+    hazards = _Hazards()
     for sequence, step in reversed(done):
         back = _way_back(step, netns)
         if isinstance(step, StopProcess) and back is None:
@@ -254,8 +272,9 @@ def lead_back(
             hazards.note(back)
             continue
         try:
-            if isinstance(back, DeleteRegistration) and _must_stay(back.registration, system, ledger):
+            if isinstance(back, DeleteRegistration) and _is_made(back.registration, system) and places():
                 ledger.claim([back.registration])
+                _log.warning("%s", stays_for(back.registration.key, places()))
             else:
                 timed(back, system, netns, report, is_undo=True)
         except EXPECTED as error:
@@ -267,9 +286,10 @@ def lead_back(
     return tuple(leftovers)
 
 
-def _must_stay(registration: Registration, system: System, ledger: Ledger) -> bool:
-    is_there = any(r.key == registration.key for r in system.registry.dump())
-    return is_there and bool(Observer(system, ledger).would_idle())
+def _is_made(registration: Registration, system: System) -> bool:
+    """Whether it is there, and nobody else's."""
+    quiet = replace(registration, status=Status.DISABLED)
+    return any(replace(seen, status=Status.DISABLED) == quiet for seen in system.registry.dump())
 
 
 def _way_back(step: Step, netns: Netns) -> Step | None:
@@ -379,7 +399,7 @@ def _delete(system: System, registration: Registration, *, is_undo: bool) -> Non
     seen = live.get(registration.key)
     if seen is None:
         return
-    if is_undo and replace(seen, status=Status.DISABLED) != replace(registration, status=Status.DISABLED):
+    if is_undo and not _is_made(registration, system):
         return
     system.registry.delete(registration.key)
     if any(r.key == registration.key for r in system.registry.dump()):

@@ -168,6 +168,12 @@ class FakeKernel:
             raise PreflightError(f"there is no network namespace {netns}")
         return found
 
+    def enter(self, netns: Netns) -> FakeNetns:
+        """Where its path leads: one that lost its name, or has no process any more, is not found by it."""
+        if FakeHost(self).find_netns(netns.path).identity != netns.identity:
+            raise PreflightError(f"network namespace {netns} was replaced by another of that name")
+        return self.at(netns)
+
     def kill(self, pid: int, *, watched: bool = True) -> None:
         """The process dies: its queues go, and its supervisor, if there is one, disables its registrations."""
         seen, launch = self.running_processes[pid]
@@ -384,7 +390,7 @@ class FakeRules:
         for key in references(rules):
             if key not in self.kernel.registrations and not self.kernel.is_taken_by_kernel(key):
                 raise KernelError("load rules", rules.profile, errno.ENOENT)
-        space, at = self.kernel.at(netns), (self.backend, rules.profile)
+        space, at = self.kernel.enter(netns), (self.backend, rules.profile)
         # A table that is replaced in place keeps its helper objects, and what those found.
         kept = space.bound.get(at, {}) if at in space.rules and self.backend.is_nftables else {}
         self._load_one_by_one(space, rules)
@@ -437,7 +443,7 @@ class FakeRules:
         return replace(known, digest=digest, documents=tuple(d for d in found if d is not None))
 
     def listing(self, netns: Netns, profile: str) -> Listing | None:
-        space, at = self.kernel.at(netns), (self.backend, profile)
+        space, at = self.kernel.enter(netns), (self.backend, profile)
         if at not in space.rules:
             return None
         listing = self.expected(space.rules[at])
@@ -446,18 +452,18 @@ class FakeRules:
         return replace(listing, text=space.tampered.get(at, listing.text))
 
     def profiles(self, netns: Netns) -> tuple[str, ...]:
-        return tuple(sorted(p for backend, p in self.kernel.at(netns).rules if backend is self.backend))
+        return tuple(sorted(p for backend, p in self.kernel.enter(netns).rules if backend is self.backend))
 
     def flush(self, netns: Netns, profile: str) -> None:
         self.kernel.modify("flush rules", profile)
-        space, at = self.kernel.at(netns), (self.backend, profile)
+        space, at = self.kernel.enter(netns), (self.backend, profile)
         self._take_one_by_one(space, "flush rules", profile)
         self.kernel.unload(space, at)
         space.flushed.add(at)
 
     def remove(self, netns: Netns, profile: str) -> None:
         self.kernel.modify("remove rules", profile)
-        space, at = self.kernel.at(netns), (self.backend, profile)
+        space, at = self.kernel.enter(netns), (self.backend, profile)
         self._take_one_by_one(space, "remove rules", profile)
         self.kernel.unload(space, at)
         space.rules.pop(at, None)
@@ -472,7 +478,7 @@ class FakeRules:
         return "fake 1"
 
     def foreign_references(self, netns: Netns) -> frozenset[str]:
-        space = self.kernel.at(netns)
+        space = self.kernel.enter(netns)
         if self.backend.is_nftables:
             return frozenset(space.foreign_references)
         return frozenset(space.foreign_iptables if self.backend is Backend.IPTABLES_LEGACY else ())
@@ -508,17 +514,17 @@ class FakeHost:
         return tuple(netns for netns in places if not netns.path.startswith("/proc/"))
 
     def netns_cookie(self, netns: Netns) -> int:
-        return self.kernel.at(netns).cookie
+        return self.kernel.enter(netns).cookie
 
     def queues(self, netns: Netns) -> tuple[QueueRow, ...]:
-        queues = self.kernel.at(netns).queues
+        queues = self.kernel.enter(netns).queues
         return tuple(queues[number] for number in sorted(queues))
 
     def expectations(self, netns: Netns) -> Mapping[str, int]:
-        return dict(self.kernel.at(netns).expectations)
+        return dict(self.kernel.enter(netns).expectations)
 
     def connections(self, netns: Netns) -> Mapping[str, int]:
-        return dict(self.kernel.at(netns).connections)
+        return dict(self.kernel.enter(netns).connections)
 
     def iptables_variant(self) -> Backend:
         return Backend.IPTABLES_NFT
@@ -530,10 +536,10 @@ class FakeHost:
         return f"port id {port_id}"
 
     def unrelated_filters(self, netns: Netns) -> tuple[str, ...]:
-        return self.kernel.at(netns).dropping_filters
+        return self.kernel.enter(netns).dropping_filters
 
     def foreign_queues(self, netns: Netns) -> tuple[str, ...]:
-        return self.kernel.at(netns).foreign_queues
+        return self.kernel.enter(netns).foreign_queues
 
     def probe(self) -> Mapping[str, str]:
         return self.kernel.probe_answers
@@ -542,13 +548,13 @@ class FakeHost:
         return self.kernel.machine
 
     def sysctl(self, netns: Netns, name: str) -> str:
-        return self.kernel.at(netns).sysctls.get(name, "")
+        return self.kernel.enter(netns).sysctls.get(name, "")
 
     def flowtables(self, netns: Netns) -> tuple[str, ...]:
-        return self.kernel.at(netns).flowtables
+        return self.kernel.enter(netns).flowtables
 
     def helper_rules(self, netns: Netns) -> tuple[HelperRule, ...]:
-        space = self.kernel.at(netns)
+        space = self.kernel.enter(netns)
         own = (
             HelperRule(
                 f"{backend} orch-{profile}",
@@ -566,23 +572,23 @@ class FakeHost:
         return (*own, *space.foreign_rules)
 
     def foreign_labels(self, netns: Netns) -> tuple[LabelRule, ...]:
-        return self.kernel.at(netns).foreign_labels
+        return self.kernel.enter(netns).foreign_labels
 
     def interfaces(self, netns: Netns) -> Mapping[str, str]:
-        return dict(self.kernel.at(netns).interfaces)
+        return dict(self.kernel.enter(netns).interfaces)
 
     def module_ports(self, module: str) -> tuple[int, ...]:
         return self.kernel.module_ports.get(module, ())
 
     def route(self, netns: Netns, address: str) -> Route:
-        return self.kernel.at(netns).routes.get(address, Route(is_local=False, interface="lan0"))
+        return self.kernel.enter(netns).routes.get(address, Route(is_local=False, interface="lan0"))
 
     def live_connections(self, netns: Netns, l3proto: L3Proto, l4proto: L4Proto) -> tuple[LiveConnection, ...]:
-        found = (c for transport, c in self.kernel.at(netns).live_connections if transport is l4proto)
+        found = (c for transport, c in self.kernel.enter(netns).live_connections if transport is l4proto)
         return tuple(c for c in found if (":" in c.ends.saddr) == (l3proto is L3Proto.IP6))
 
     def live_expectations(self, netns: Netns, l3proto: L3Proto) -> tuple[LiveExpectation, ...]:
-        found = self.kernel.at(netns).live_expectations
+        found = self.kernel.enter(netns).live_expectations
         return tuple(e for e in found if (":" in e.ends.saddr) == (l3proto is L3Proto.IP6))
 
 

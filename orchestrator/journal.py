@@ -148,6 +148,10 @@ class Ledger:
         rows = self._rows("SELECT value FROM applied WHERE profile = ? AND netns = ?", at)
         return self._value(Applied, rows[0][0]) if rows else None
 
+    def attaches_by_iptables(self, owner: Owner) -> bool:
+        applied = self.find(owner)
+        return applied is not None and applied.target.attaches_by_iptables
+
     def recorded(self) -> Mapping[HelperKey, Registration]:
         """Registrations that are ours, as they were applied last."""
         rows = self._rows("SELECT value FROM registration ORDER BY key")
@@ -219,6 +223,10 @@ class Ledger:
         rows = self._rows(f"SELECT owner FROM history WHERE id IN ({newest}) ORDER BY netns, profile")
         return tuple(self._value(Owner, value) for (value,) in rows)
 
+    def has_strays(self) -> bool:
+        """Whether rules of ours are loaded of which this ledger, or the one before it, knows nothing."""
+        return bool(self._rows("SELECT 1 FROM meta WHERE key = 'strays'"))
+
     # -- writing ------------------------------------------------------------------------------------------------------
 
     def recognise(self, netns: Netns, cookie: int) -> None:
@@ -226,6 +234,12 @@ class Ledger:
         if self.cookie(netns) != cookie:
             with _write(self._db, self.file):
                 self._db.execute("INSERT OR REPLACE INTO namespace VALUES (?, ?)", (netns.identity, cookie))
+
+    def remember_strays(self, *, are_there: bool) -> None:
+        if are_there != self.has_strays():
+            with _write(self._db, self.file):
+                self._db.execute("DELETE FROM meta WHERE key = 'strays'")
+                self._db.executemany("INSERT INTO meta VALUES (?, ?)", [("strays", "1")] if are_there else [])
 
     def begin(
         self,

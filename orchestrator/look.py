@@ -20,14 +20,14 @@ def plan(
     observed = observer.observe(owner, target)
     found = plan_apply(target, wanted, observed, owner)
     is_leaving = bool(found.kept) or any(isinstance(step, DeleteRegistration) for step in found.steps)
-    if is_leaving or found.adopted or _may_wake(target, observed):
+    if is_leaving or found.adopted or (observer.ledger.has_strays() and _may_wake(target, observed)):
         observed = observer.observe(owner, target, is_thorough=True)
         found = plan_apply(target, wanted, observed, owner)
     return observed, plan_around.plan_around(target, wanted, observed, owner, spared=spared) if spared else found
 
 
 def _may_wake(target: Target, observed: Observed) -> bool:
-    """Whether a registration is to be enabled that is there: others may use it where nobody listens."""
+    """Whether a registration is to be enabled that is there: others, too, may use it where nobody listens."""
     wanted = {r.key for r in target.registrations if r.status is Status.ENABLED}
     return any(r.status is Status.DISABLED and r.key in wanted for r in observed.registrations)
 

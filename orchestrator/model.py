@@ -445,3 +445,8 @@ class Target:
     attachments: tuple[Attachment, ...]
     rule_queues: tuple[RuleQueue, ...] = ()
     reconcile: bool = False
+
+    @property
+    def attaches_by_iptables(self) -> bool:
+        """Whether its rules are such as some kernels make idle (release.idles_iptables)."""
+        return bool(self.attachments) and not self.rules.backend.is_nftables

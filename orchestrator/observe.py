@@ -21,9 +21,10 @@ from orchestrator.model import (
     Netns,
     QueueRow,
     Registration,
+    Status,
     Target,
 )
-from orchestrator.ports import System
+from orchestrator.ports import ProcessSeen, RuleBackend, System
 from orchestrator.release import idles_iptables
 from orchestrator.state import Applied, Observed, Owner, rules_name
 
@@ -58,7 +59,8 @@ class Observer:
         listings = tuple(listing for listing in all_listings if listing.digest or is_known)
         neighbours = self.ledger.neighbours(owner)
         queues = self.system.host.queues(netns) if is_there else ()
-        users = self._users(owner, self.unrecorded() if is_thorough else ())
+        strays = tuple(self.unrecorded()) if is_thorough else ()
+        users = self._users(owner, strays)
         modules = tuple(sorted(module_helpers()) if target is None else {*module_helpers(), *target.modules})
         loaded = self.system.host.loaded_modules(modules)
         return Observed(
@@ -91,8 +93,9 @@ class Observer:
             has_cthelper=bool(self.system.host.available_modules((_SUBSYSTEM,))),
             connections=self.system.host.connections(netns) if is_thorough and is_there else {},
             connections_elsewhere=self._connections_elsewhere(netns, users) if is_thorough else {},
+            has_strays=bool(strays) if is_thorough else None,
             idles_iptables=idles_iptables(self.system.host.kernel_release()),
-            would_idle=self.would_idle(but=owner) if is_thorough else (),
+            would_idle=self.would_idle(owner) if is_thorough else (),
         )
 
     def _connections_elsewhere(self, netns: Netns, users: Mapping[HelperKey, tuple[Owner, ...]]) -> Mapping[str, int]:
@@ -126,20 +129,36 @@ class Observer:
         others = {key: tuple(o for o in owners if (o.profile, o.netns.identity) != me) for key, owners in users.items()}
         return {key: owners for key, owners in others.items() if owners}
 
-    def would_idle(self, *, but: Owner | None = None) -> tuple[str, ...]:
-        """Where iptables rules of anybody `but` one owner attach helpers, if this kernel makes such rules idle."""
+    def would_idle(self, *but: Owner) -> tuple[str, ...]:
+        """Where iptables rules of anybody but these owners attach helpers, if this kernel makes such rules idle.
+
+        What the ledger knows is enough; where it knows of none, every namespace that can be reached is looked into.
+        """
         if not idles_iptables(self.system.host.kernel_release()):
             return ()
-        spared = (but.profile, but.netns.identity) if but else None
+        spared = {(owner.profile, owner.netns.identity) for owner in but}
+        owners = [applied.owner for applied in self.ledger.applied() if applied.target.attaches_by_iptables]
+        known = tuple(str(o) for o in owners if (o.profile, o.netns.identity) not in spared)
 
         def look(netns: Netns) -> list[str]:
-            backends = [self.system.rules[backend] for backend in CONCRETE_BACKENDS if not backend.is_nftables]
-            ours = {profile for backend in backends for profile in backend.profiles(netns)}
-            found = [str(Owner(p, netns)) for p in sorted(ours) if (p, netns.identity) != spared]
+            found = {profile for backend in backends for profile in backend.profiles(netns)}
+            ours = [str(Owner(p, netns)) for p in sorted(found) if (p, netns.identity) not in spared]
             is_foreign = any(backend.foreign_references(netns) for backend in backends)
-            return [*found, f"somebody else in netns {netns}"] if is_foreign else found
+            return [*ours, f"somebody else in netns {netns}"] if is_foreign else ours
 
-        return tuple(place for netns in self._namespaces() for place in or_nothing(look, netns))
+        backends = self._iptables()
+        return known or tuple(place for netns in self._inhabited() for place in or_nothing(look, netns))
+
+    def in_the_way(self, owner: Owner) -> tuple[str, ...]:
+        """Where iptables rules that would be idle are loaded now, those of an owner who is half-way included."""
+        found = self.would_idle(owner)
+        if found or not idles_iptables(self.system.host.kernel_release()):
+            return found
+        own = [or_nothing(backend.profiles, owner.netns) for backend in self._iptables()]
+        return (str(owner),) if any(owner.profile in names for names in own) else ()
+
+    def _iptables(self) -> list[RuleBackend]:
+        return [self.system.rules[backend] for backend in CONCRETE_BACKENDS if not backend.is_nftables]
 
     def unrecorded(self) -> Iterable[tuple[Owner, Listing]]:
         """Rules of ours in any namespace that can be reached, of profiles that the ledger does not know, each once."""
@@ -158,21 +177,19 @@ class Observer:
             yield from or_nothing(look, netns)
 
     def unused(self) -> tuple[Registration, ...]:
-        """Registrations of ours that nobody uses any more, if nothing stands in the way of unregistering them."""
-        users = self.ledger.users()
-        mine = self.ledger.recorded().keys() - users.keys()
-        found = [r for r in self.system.registry.dump() if r.key in mine] if mine else []
-        if not found or self._has_iptables() or self.would_idle():
+        """Registrations of ours that rest, as nobody uses them any more, if nothing stands in the way of their removal.
+
+        Who took one over since has given it other properties, or enabled it.
+        """
+        users, recorded = self.ledger.users(), self.ledger.recorded()
+        mine = {key: r for key, r in recorded.items() if key not in users}
+        live = self.system.registry.dump() if mine else ()
+        found = [r for r in live if r.key in mine and r.can_become(mine[r.key]) and r.status is Status.DISABLED]
+        if not found or self.would_idle():
             return ()
         attached = {key for _, listing in self.unrecorded() for key in listing.helpers}
         foreign = self._foreign_references()
         return tuple(r for r in found if r.key not in attached and r.key.name not in foreign)
-
-    def _has_iptables(self) -> bool:
-        """Whether the ledger knows already what `would_idle` finds in each namespace."""
-        known = (applied.target for applied in self.ledger.applied())
-        is_any = any(target.attachments and not target.rules.backend.is_nftables for target in known)
-        return is_any and idles_iptables(self.system.host.kernel_release())
 
     def strays(self) -> tuple[Owner, ...]:
         """Profiles that the ledger does not know, told by rules or processes of ours, each once."""
@@ -180,11 +197,16 @@ class Observer:
         named = {netns.identity: netns for netns in self._namespaces()}
         recorded = {(o.profile, o.netns.identity) for o in self.ledger.owners()}
         for process in self.system.processes.running():
-            path = f"/proc/{process.pid}/ns/net"
-            netns = named.get(process.netns) or Netns(path, path, process.netns)
             if process.pid and (process.profile, process.netns) not in recorded:
+                netns = named.get(process.netns) or _of_process(process)
                 found.setdefault((process.profile, process.netns), Owner(process.profile, netns))
         return tuple(found.values())
+
+    def _inhabited(self) -> Iterable[Netns]:
+        """Every namespace that can be reached by a name, or through a process of ours that runs in it, once each."""
+        found = {owner.netns.identity: owner.netns for owner in self.ledger.owners()}
+        found |= {p.netns: _of_process(p) for p in self.system.processes.running() if p.pid}
+        return (found | {netns.identity: netns for netns in self.system.host.known_netns()}).values()
 
     def _namespaces(self) -> Iterable[Netns]:
         """Every namespace that can be reached by a name, once each."""
@@ -260,6 +282,11 @@ class Observer:
             for backend in CONCRETE_BACKENDS
             for name in or_nothing(self.system.rules[backend].foreign_references, netns)
         )
+
+
+def _of_process(process: ProcessSeen) -> Netns:
+    path = f"/proc/{process.pid}/ns/net"
+    return Netns(path, path, process.netns)
 
 
 def or_nothing(look: Callable[[Netns], Iterable[T]], netns: Netns) -> Iterable[T]:

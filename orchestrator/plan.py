@@ -70,7 +70,9 @@ def plan_apply(target: Target, launches: tuple[Launch, ...], observed: Observed,
     stand_in = plan_stand_in(target, launches, observed)
     processes = plan_processes(launches, observed, stand_in)
     stale_rules = observed.stale | {r.key for r in (*registrations.create, *(r for _, r in registrations.replace))}
-    rules_reason = rules_reason_of(target.rules, observed, attached={a.key for a in target.attachments} & stale_rules)
+    attached = {a.key for a in target.attachments} & stale_rules
+    is_to_go = bool(registrations.replace) and observed.idles_iptables and target.attaches_by_iptables
+    rules_reason = rules_reason_of(target.rules, observed, attached=attached, would_idle=is_to_go)
     refusals = (
         *registrations.refusals,
         *processes.refusals,
@@ -168,7 +170,7 @@ def _attached_first(retire: tuple[Registration, ...], observed: Observed) -> lis
     Those that they attach are refused, and after that no other is tried (execute.py, _Hazards).
     """
     target = observed.applied.target if observed.applied else None
-    if target is None or target.rules.backend.is_nftables or not observed.idles_iptables:
+    if target is None or not target.attaches_by_iptables or not observed.idles_iptables:
         return list(retire)
     attached = {attachment.key for attachment in target.attachments}
     return sorted(retire, key=lambda registration: registration.key not in attached)

@@ -61,7 +61,7 @@ def plan_registrations(target: Target, observed: Observed, waiting: frozenset[He
     wanted_keys = {r.key for r in (*target.registrations, *target.stock)}
     surplus = [live[key] for key in sorted(used_here(observed)) if key in live and key not in wanted_keys]
     refusals += [_refuse_anew(wanted, observed) for _, wanted in replaced if observed.would_idle]
-    leaving = leaving_of(surplus, observed, has_iptables=_has_iptables(target, observed))
+    leaving = leaving_of(surplus, observed, is_by_iptables=target.attaches_by_iptables)
     return RegistrationPlan(tuple(create), tuple(update), tuple(replaced), leaving, tuple(adopted), tuple(refusals))
 
 
@@ -134,17 +134,12 @@ def _exactly(wanted: Sequence[Registration], observed: Observed) -> list[Registr
     return [r for r in observed.registrations if replace(r, status=Status.DISABLED) in quiet]
 
 
-def _has_iptables(target: Target, observed: Observed) -> bool:
-    """Whether the rules of this profile are such as would be idle when a helper is unregistered."""
-    return observed.idles_iptables and bool(target.attachments) and not target.rules.backend.is_nftables
-
-
-def leaving_of(candidates: list[Registration], observed: Observed, *, has_iptables: bool = False) -> Leaving:
+def leaving_of(candidates: list[Registration], observed: Observed, *, is_by_iptables: bool = False) -> Leaving:
     """What becomes of registrations that this profile needs no more: others may use them, or name them in rules.
 
     Where any iptables rules would be idle after it, none is unregistered before those are gone.
     """
-    idle = (*(["this profile"] if has_iptables else []), *observed.would_idle)
+    idle = (*(["this profile"] if is_by_iptables and observed.idles_iptables else []), *observed.would_idle)
     retire: list[Registration] = []
     disable: list[Registration] = []
     kept: list[str] = []

@@ -11,7 +11,7 @@ from orchestrator.overlap import first_overlap
 from orchestrator.state import Action, Change, Observed, Owner, Refusal, Scope, rules_name
 
 
-def rules_reason_of(rules: Rules, observed: Observed, *, attached: set[HelperKey]) -> str:
+def rules_reason_of(rules: Rules, observed: Observed, *, attached: set[HelperKey], would_idle: bool) -> str:
     """Why the rules must be loaded: a sentence, or empty when they are loaded as they should be."""
     listing = live_listing(rules, observed)
     if listing is None:
@@ -24,6 +24,8 @@ def rules_reason_of(rules: Rules, observed: Observed, *, attached: set[HelperKey
         return "somebody changed them"
     if attached:
         return "they would go on attaching a helper that is gone"
+    if would_idle:
+        return "a helper is registered anew, after which this kernel would let them do nothing"
     return ""
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 OLDEST = (6, 1)
+_NAMED = 3  # of a thousand namespaces
 
 
 def version(release: str) -> tuple[int, int]:
@@ -29,9 +30,11 @@ def idles_iptables(release: str) -> bool:
     return (5, 19) <= version(release) < (6, 12)
 
 
-def stays_for(registration: object, places: Iterable[str]) -> str:
+def stays_for(registration: object, places: Sequence[str], *, until: str = "apply or teardown") -> str:
     """A sentence of a registration that would go but for iptables rules in these places."""
+    named, more = places[:_NAMED], len(places) - _NAMED
+    whose = ", ".join(named) + (f", and {more} more" if more > 0 else "")
     return (
-        f"{registration} stays, disabled: this kernel would make iptables rules idle, those of {', '.join(places)}; "
-        "the next apply or teardown without those removes it"
+        f"{registration} stays, disabled: this kernel would make iptables rules idle, those of {whose}; "
+        f"the next {until} without those removes it"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from orchestrator import look
 from orchestrator.errors import OrchError, RollbackError
 from orchestrator.execute import EXPECTED, Execution, timed
-from orchestrator.model import Target
+from orchestrator.model import Netns, Target
 from orchestrator.observe import or_nothing
 from orchestrator.ports import Host
 from orchestrator.release import drops_waiting_packets
@@ -17,7 +17,7 @@ from orchestrator.work import Work
 def remove(work: Work, owner: Owner, target: Target | None = None) -> Report:
     """Nobody is asked. `target` is what the profile's file says, for when the ledger is lost."""
     observed, plan = look.plan_removal(work.observer, owner, target)
-    for sentence in _drop_warnings(work.system.host, plan, owner):
+    for sentence in _dropped(work.system.host, plan):
         work.talk.warn(sentence)
     plan = look.undoable(plan, observed)
     half_done = work.ledger.unsettled(owner)
@@ -43,32 +43,42 @@ def remove(work: Work, owner: Owner, target: Target | None = None) -> Report:
 
 
 def remove_unused(work: Work) -> None:
-    """Unregister what earlier commands had to leave; what cannot be is warned of, and left to the next teardown."""
+    """Unregister what earlier commands had to leave; what cannot be is warned of, and left to the next one."""
     host = work.system.host
     try:
         unused = work.observer.unused()
+        here = host.find_netns("")
+        for sentence in _drop_warnings(host, set(), here) if unused else ():
+            work.talk.warn(sentence)
         for registration in unused:
-            timed(DeleteRegistration(registration), work.system, host.find_netns(""), work.talk.step)
+            timed(DeleteRegistration(registration), work.system, here, work.talk.step)
         if unused:
             work.ledger.forget_unused(work.live_keys())
     except EXPECTED as error:
         work.talk.warn(f"what no profile uses any more stays registered: {error}")
 
 
-def _drop_warnings(host: Host, plan: Plan, owner: Owner) -> tuple[str, ...]:
-    """Before 7.3, unregistering a helper makes the kernel drop every packet that waits in any queue of the host."""
+def _dropped(host: Host, plan: Plan) -> tuple[str, ...]:
     if not any(isinstance(step, DeleteRegistration) for step in plan.steps):
-        return ()
-    release = host.kernel_release()
-    if not drops_waiting_packets(release):
         return ()
     ours = {step.registration.queue_num for step in plan.steps if isinstance(step, DeleteRegistration)}
     ours |= {number for step in plan.steps if isinstance(step, DrainQueues) for number in step.queues}
+    return _drop_warnings(host, ours, plan.netns)
+
+
+def _drop_warnings(host: Host, ours: set[int], there: Netns) -> tuple[str, ...]:
+    """Before 7.3, unregistering a helper makes the kernel drop every packet that waits in any queue of the host.
+
+    `ours` are queues of one namespace, which were drained.
+    """
+    release = host.kernel_release()
+    if not drops_waiting_packets(release):
+        return ()
     foreign = [
         f"queue {row.queue_num} of {host.process_name(row.port_id)} in netns {netns}"
         for netns in host.known_netns()
         for row in or_nothing(host.queues, netns)
-        if not (netns.identity == owner.netns.identity and row.queue_num in ours)
+        if not (netns.identity == there.identity and row.queue_num in ours)
     ]
     if not foreign:
         return ()

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 from orchestrator.errors import Interrupted, OrchError, RollbackError
 from orchestrator.execute import EXPECTED, lead_back
+from orchestrator.release import idles_iptables
 from orchestrator.remove import remove
 from orchestrator.state import (
     CreateRegistration,
     DeleteRegistration,
     KeepRegistrations,
+    LoadRules,
     Owner,
     Unsettled,
     UpdateRegistration,
@@ -73,17 +75,24 @@ class Settling:
 
     def _undo(self, unsettled: Unsettled) -> tuple[str, ...]:
         """What was in a namespace that is gone went with it; only what is the host's is left to undo."""
-        work, netns = self.work, self.work.reachable(unsettled.owner).netns
-        is_there = work.observer.is_there(netns)
+        work, owner = self.work, self.work.reachable(unsettled.owner)
+        is_there = work.observer.is_there(owner.netns)
         begun = [(n, step) for n, step in unsettled.begun if is_there or isinstance(step, _HOST_WIDE)]
         leftovers = lead_back(
             begun,
             work.system,
             work.ledger,
-            netns if is_there else unsettled.owner.netns,
+            owner if is_there else unsettled.owner,
             work.talk.step,
             undone=lambda sequence: work.ledger.undone(unsettled.id, sequence),
+            unseen=() if is_there else self._unseen(unsettled),
         )
         if not leftovers:
             work.ledger.settle(unsettled.id)
         return leftovers
+
+    def _unseen(self, unsettled: Unsettled) -> tuple[str, ...]:
+        """Where rules that it loaded may be, in a namespace without a name, that would be idle; nobody can tell."""
+        loaded = [step.after.backend for _, step in unsettled.begun if isinstance(step, LoadRules)]
+        may_idle = idles_iptables(self.work.system.host.kernel_release())
+        return (str(unsettled.owner),) if may_idle and not all(backend.is_nftables for backend in loaded) else ()

@@ -151,6 +151,7 @@ class Observed:
     modules. `foreign_references` are helper names that rules not written by orch attach. `reconciles`: the supervisor
     of the profile has drift mended. `stale` are registrations that were made anew since its rules were loaded.
     `connections` are live ones by helper name, `connections_elsewhere` those in the namespaces of other users.
+    `has_strays`: rules of ours are loaded that the ledger has lost; None if nobody looked for such.
     `idles_iptables`: this kernel makes iptables rules idle when any helper is unregistered; `would_idle` says where
     there are some, of anybody but this profile.
     """
@@ -178,6 +179,7 @@ class Observed:
     stale: frozenset[HelperKey] = frozenset()
     connections: Mapping[str, int] = field(default_factory=dict)
     connections_elsewhere: Mapping[str, int] = field(default_factory=dict)
+    has_strays: bool | None = None
     idles_iptables: bool = False
     would_idle: tuple[str, ...] = ()
 

@@ -13,6 +13,7 @@ import collections
 import errno
 import gc
 import itertools
+import logging
 import pickle
 import shutil
 import signal
@@ -903,6 +904,7 @@ def try_all(cases: list[Scenario], *, every: int = 1) -> tuple[int, list[str]]:
 
 def main() -> int:
     wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    logging.disable()
     total: collections.Counter[str] = collections.Counter()
     for scenario in scenarios():
         if wanted in scenario.name:

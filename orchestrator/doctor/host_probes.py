@@ -219,6 +219,7 @@ def _keys(facts: Facts) -> tuple[HelperKey, ...]:
 def registrations(facts: Facts) -> Iterable[Finding]:
     """Registrations that nobody attaches, that orch did not make, or that crash who serves them."""
     stock = {r.key for a in facts.applied for r in a.target.stock}
+    used = {r.key for a in facts.applied for r in a.registrations}
     for registration in seen(facts.registrations):
         key = registration.key
         if is_of_trial(key):
@@ -231,7 +232,7 @@ def registrations(facts: Facts) -> Iterable[Finding]:
             )
         if key in stock or not facts.is_whole or _is_attached(facts, registration):
             continue
-        if is_ours and facts.but_when:
+        if is_ours and key not in used and facts.but_when:
             yield note(f"{key} stays registered while iptables rules are loaded, as those would be idle after it")
         elif is_ours:
             yield warning(f"{key} is registered by orch, and no rule attaches it", "orch apply, or orch teardown")

@@ -55,6 +55,12 @@ class Verification:
         return sum(result.outcome is outcome for result in self.results)
 
 
+_KEPT = (
+    "what was registered for the trial stays, disabled: this kernel would make iptables rules idle; "
+    "the next orch verify without such rules removes it"
+)
+
+
 class NotRemovedError(RollbackError):
     """What was made for the trial could not be taken away; `leftovers` lists it."""
 
@@ -102,8 +108,8 @@ class Trial:
             yield tuple(step.name for step in report.plan.steps if isinstance(step, LoadModule))
         finally:
             removal = last.teardown(desired.profile, every_netns=False)
-            for note in (note for one in removal.reports for note in one.notes):
-                self.talk.warn(note)
+            if any(one.plan.kept for one in removal.reports):
+                self.talk.warn(_KEPT)
             if leftovers := tuple(line for one in removal.reports for line in one.leftovers):
                 raise NotRemovedError(leftovers)
 

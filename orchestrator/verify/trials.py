@@ -28,6 +28,7 @@ from orchestrator.release import stays_for
 RUNTIME = Path("/run")  # sockets are made in it, whose path may have 107 bytes: $TMPDIR can be longer
 _NAME = "orch-verify-"
 _REGISTERED = re.compile(r"v([0-9a-f]{8})-\d+")
+_REMOVER = "orch verify"
 _RELEASED_WITHIN_S = 10.0
 _POLL_S = 0.05
 
@@ -42,7 +43,7 @@ class Place:
 
 @contextlib.contextmanager
 def place() -> Iterator[Place]:
-    """A new one; the directory is gone after the block, with all that is in it."""
+    """A new one; the directory is gone after the block, unless something is registered still of which it knows."""
     token = secrets.token_hex(4)
     path = RUNTIME / f"{_NAME}{token}"
     hidden = RUNTIME / f".{path.name}"  # until it is locked nobody must take it for one that was left behind
@@ -52,7 +53,16 @@ def place() -> Iterator[Place]:
             hidden.rename(path)
             yield Place(path, f"v{token}")
     finally:
-        shutil.rmtree(path, ignore_errors=True)
+        if not _knows_of_something(path):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _knows_of_something(path: Path) -> bool:
+    try:
+        with closing(Ledger.open(path, boot_id=boot_id(), create=False)) as ledger:
+            return bool(ledger.recorded())
+    except OrchError:
+        return False
 
 
 def abandoned(registered: Iterable[HelperKey]) -> dict[str, tuple[HelperKey, ...]]:
@@ -104,12 +114,15 @@ def _remove(system: System, state_dir: Path, keys: tuple[HelperKey, ...]) -> tup
             system.processes.cleanup(owner.profile, owner.netns)
         deadline = system.clock.monotonic() + _RELEASED_WITHIN_S
         mine = [r.key for r in system.registry.dump() if r.key in {*keys, *recorded}]
-        places = Observer(system, ledger).would_idle() if mine else ()
-        left = [stays_for(key, places) if places else _delete(system, key, deadline) for key in mine]
-    reasons = tuple(filter(None, left))
+        # Those that rules may attach come first: after one that is not let go of, others would make its rules idle.
+        mine.sort(key=lambda key: (not is_of_trial(key), key))
+        places = Observer(system, ledger).would_idle(*owners) if mine else ()
+        reasons = [stays_for(mine[0], places, until=_REMOVER)] if places else []
+        while mine and not reasons:
+            reasons += filter(None, [_delete(system, mine.pop(0), deadline)])
     if not reasons:
         shutil.rmtree(state_dir, ignore_errors=True)
-    return reasons
+    return tuple(reasons)
 
 
 def _delete(system: System, key: HelperKey, deadline: float) -> str:
