@@ -61,12 +61,12 @@ def test_a_trial_beside_them(orch: Harness, tmp_path: Path) -> None:
     topology.load_filter(ROUTER, ROUTER_FILTER)
     orch.apply(profile("iptables-nft", FTP), ROUTER)
     file = tmp_path / "tried.yaml"
-    file.write_text("profile: tried\nhelpers:\n  ftp: {engine: conntrackd}\n")
+    file.write_text("profile: tried\nhelpers:\n  tftp: {engine: conntrackd}\n")
     done = cli_here("verify", str(file), state=tmp_path / "unused")
     assert (done.returncode, "stays, disabled: this kernel would make iptables rules idle" in done.stderr) == (0, True)
     assert works()
     assert all("stays, disabled" in reason for reason in trials.remove_abandoned().values())
-    assert "ftp" in registered(orch), "the name that conntrackd insists on"
+    assert "tftp" in registered(orch), "the name that conntrackd insists on"
     assert works()
     orch.teardown(every_netns=True)
     assert list(trials.remove_abandoned().values()) == [""]
