@@ -35,7 +35,7 @@ class EndedError(SilentError):
 def listen(directory: str) -> socket.socket:
     """The socket of a supervisor that is about to start; that of its predecessor is no longer found. Raises OSError."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with _address(directory) as address:
+    with addressed(directory) as address:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(address)  # noqa: PTH108 (a supervisor imports no pathlib)
         listener.bind(address)
@@ -57,7 +57,7 @@ def ask(directory: str, request: Mapping[str, Any], *, taken_within_s: float, do
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as channel:
         try:
             channel.settimeout(taken_within_s)
-            with _address(directory) as address:
+            with addressed(directory) as address:
                 channel.connect(address)
             channel.send(encode(request))
             if decode(channel.recv(MESSAGE_MAX)) != TAKEN:
@@ -91,7 +91,7 @@ def decode(data: bytes) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def _address(directory: str) -> Iterator[str]:
+def addressed(directory: str) -> Iterator[str]:
     """An address may have 107 bytes, and a directory has any length."""
     descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

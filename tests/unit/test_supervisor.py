@@ -627,7 +627,8 @@ def test_what_it_counts_is_read_while_it_is_there(processes: LocalProcesses, net
 
 def control_channel(directory: Path) -> socket.socket:
     channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    channel.connect(f"{os.path.relpath(directory)}/{control.SOCKET}")
+    with control.addressed(str(directory)) as address:
+        channel.connect(address)
     return channel
 
 
