@@ -56,33 +56,37 @@ def test_whatever_orch_does(orch: Harness, backend: str) -> None:
     assert registered(orch) == set(), "nothing was left in the way"
 
 
-@pytest.mark.skipif(not IDLES, reason="elsewhere a trial leaves nothing")
-def test_a_trial_beside_them(orch: Harness, tmp_path: Path) -> None:
-    topology.load_filter(ROUTER, ROUTER_FILTER)
-    orch.apply(profile("iptables-nft", FTP), ROUTER)
-    file = tmp_path / "tried.yaml"
-    file.write_text("profile: tried\nhelpers:\n  tftp: {engine: conntrackd}\n")
-    done = cli_here("verify", str(file), state=tmp_path / "unused")
-    assert (done.returncode, "stays, disabled: this kernel would make iptables rules idle" in done.stderr) == (0, True)
-    assert works()
-    assert all("stays, disabled" in reason for reason in trials.remove_abandoned().values())
-    assert "tftp" in registered(orch), "the name that conntrackd insists on"
-    assert works()
-    orch.teardown(every_netns=True)
-    assert list(trials.remove_abandoned().values()) == [""]
-    assert registered(orch) == set()
+if IDLES:  # elsewhere a trial leaves nothing
 
+    def test_a_trial_beside_them(orch: Harness, tmp_path: Path) -> None:
+        topology.load_filter(ROUTER, ROUTER_FILTER)
+        orch.apply(profile("iptables-nft", FTP), ROUTER)
+        file = tmp_path / "tried.yaml"
+        file.write_text("profile: tried\nhelpers:\n  tftp: {engine: conntrackd}\n")
+        done = cli_here("verify", str(file), state=tmp_path / "unused")
+        assert (done.returncode, "stays, disabled: this kernel would make iptables rules idle" in done.stderr) == (
+            0,
+            True,
+        )
+        assert works()
+        assert all("stays, disabled" in reason for reason in trials.remove_abandoned().values())
+        assert "tftp" in registered(orch), "the name that conntrackd insists on"
+        assert works()
+        orch.teardown(every_netns=True)
+        assert list(trials.remove_abandoned().values()) == [""]
+        assert registered(orch) == set()
 
-@pytest.mark.skipif(IDLES, reason="the rules would be idle, and their helper registered, until the next boot")
-@pytest.mark.parametrize("backend", ["iptables-nft", "iptables-legacy"])
-def test_whatever_others_do_where_the_kernel_is_right(orch: Harness, backend: str) -> None:
-    """On these kernels a helper is unregistered without further ado: orchestrator/release.py."""
-    topology.load_filter(ROUTER, ROUTER_FILTER)
-    orch.apply(profile(backend, FTP), ROUTER)
-    like = orch.system.registry.dump()[0]
-    dummy = replace(like, key=HelperKey("dummy", L3Proto.IP, L4Proto.TCP))
-    orch.system.registry.create(dummy)
-    orch.system.registry.delete(dummy.key)
-    assert works()
-    orch.teardown(every_netns=True)
-    assert registered(orch) == set()
+else:  # there the rules would be idle, and their helper registered, until the next boot
+
+    @pytest.mark.parametrize("backend", ["iptables-nft", "iptables-legacy"])
+    def test_whatever_others_do_where_the_kernel_is_right(orch: Harness, backend: str) -> None:
+        """On these kernels a helper is unregistered without further ado: orchestrator/release.py."""
+        topology.load_filter(ROUTER, ROUTER_FILTER)
+        orch.apply(profile(backend, FTP), ROUTER)
+        like = orch.system.registry.dump()[0]
+        dummy = replace(like, key=HelperKey("dummy", L3Proto.IP, L4Proto.TCP))
+        orch.system.registry.create(dummy)
+        orch.system.registry.delete(dummy.key)
+        assert works()
+        orch.teardown(every_netns=True)
+        assert registered(orch) == set()
