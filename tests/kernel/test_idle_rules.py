@@ -76,7 +76,7 @@ if IDLES:  # elsewhere a trial leaves nothing
 
 else:  # there the rules would be idle, and their helper registered, until the next boot
 
-    @pytest.mark.parametrize("backend", ["iptables-nft", "iptables-legacy"])
+    @pytest.mark.parametrize("backend", turns(["iptables-nft", "iptables-legacy"], first=1))
     def test_whatever_others_do_where_the_kernel_is_right(orch: Harness, backend: str) -> None:
         """On these kernels a helper is unregistered without further ado: orchestrator/release.py."""
         topology.load_filter(ROUTER, ROUTER_FILTER)
