@@ -7,6 +7,7 @@ sends, what is forwarded, and what is for this host.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import select
 import socket
@@ -219,6 +220,9 @@ def _serve(listener: Listener, netlink: socket.socket, stop: socket.socket, faul
         faults.append(error)
 
 
+_CLIENT_PORTS = itertools.count(20001)
+
+
 class Dialogue:
     """Two ends of one connection, TCP or UDP, that say something in turn; every word must arrive."""
 
@@ -238,6 +242,8 @@ class Dialogue:
             if options:
                 _add_options(end, is_ip6=is_ip6)
         self._server.bind((address, PORT))
+        # Any port may be that of an earlier dialogue, whose entry in the connection table lives on.
+        self._client.bind(("", next(_CLIENT_PORTS)))
         if self.is_stream:
             self._server.listen()
         self._client.connect((address, PORT))
@@ -312,9 +318,9 @@ def test_each_payload_is_queued_once_on_each_host_and_nothing_else(
     assert client.at == [out, (INPUT, back), (POSTROUTING, over)]
     assert router.at == [out, (POSTROUTING, back), (POSTROUTING, over)]
     assert server.at == [(INPUT, b"\0one"), (POSTROUTING, back), (INPUT, over)]
-    for listener in (client, router, server):
-        assert [s.is_confirmed for s in listener.seen] == [kind == "tcp", True, True]
-        assert {s.queue_num for s in listener.seen} == {PLAIN}
+    for netns, listener in zip(EVERYWHERE, (client, router, server), strict=True):
+        assert [s.is_confirmed for s in listener.seen] == [kind == "tcp", True, True], netns
+        assert {s.queue_num for s in listener.seen} == {PLAIN}, netns
     # Our verdicts skip nobody's chain: what was queued is seen by all that come before the confirmation.
     assert watched[ROUTER] == {"postrouting-before": 2, "postrouting-beside": 2, "input-beside": 0}
     assert watched[SERVER] == {"postrouting-before": 0, "postrouting-beside": 0, "input-beside": 2}
