@@ -23,6 +23,7 @@ import pytest
 
 from orchestrator.engine.api import L4, Tuple
 from orchestrator.events import Event, ExpectationEvent, Life, LostEvent, ProcessEvent, Stream, lives
+from orchestrator.kernel import netlink
 from orchestrator.kernel.netns import entered, find
 from orchestrator.model import Backend, Listing, Netns, ProcessSpec
 from orchestrator.ports import Launch, Lifetimes, ProcessState, Supervised
@@ -251,8 +252,9 @@ class Talk:
 
 
 def delete_connections(netns: str) -> None:
-    delete = ("conntrack", "-D", "-p", "tcp", "--dport", "21")
-    subprocess.run(["ip", "netns", "exec", netns, *delete], check=True, capture_output=True)
+    """IPCTNL_MSG_CT_DELETE without a tuple: all of the namespace."""
+    with entered(find(netns)):
+        netlink.perform(bytes.fromhex("14000000 0201 0500") + bytes(12))
 
 
 @root
