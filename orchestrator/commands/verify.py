@@ -6,14 +6,17 @@ import sys
 from typing import TYPE_CHECKING
 
 from orchestrator.session import (
+    DEFAULT_STATE,
     Colour,
     ColourOption,
     ExitCode,
     JsonOption,
     ProfileArgument,
     QuietOption,
+    StateOption,
     TemplatesOption,
     VerboseOption,
+    WaitOption,
     load,
     new_session,
     warn_all,
@@ -26,7 +29,9 @@ if TYPE_CHECKING:
 
 def verify(
     profile: ProfileArgument,
+    wait_s: WaitOption = 10.0,
     templates: TemplatesOption = None,
+    state_dir: StateOption = DEFAULT_STATE,
     is_json: JsonOption = False,
     colour: ColourOption = Colour.AUTO,
     verbose: VerboseOption = 0,
@@ -50,7 +55,7 @@ def verify(
 
     with session.catching_signals():
         talk = Talk(tell, session.warn, lambda _plan, _reason: True, lambda: session.signal_number)
-        verification = Trial(talk, templates).run(desired)
+        verification = Trial(talk, state_dir, wait_s, templates).run(desired)
     for module in verification.modules:
         session.warn(f"kernel module {module} was loaded for this, and stays")
     text = view.text(verification, session.paint(sys.stdout))

@@ -13,6 +13,8 @@ from pathlib import Path
 from orchestrator import render
 from orchestrator.app import App, boot_id, kernel_system
 from orchestrator.errors import Interrupted, OrchError, RollbackError
+from orchestrator.journal import Ledger
+from orchestrator.kernel.clock import MonotonicClock
 from orchestrator.model import Desired, Target
 from orchestrator.reports import Talk
 from orchestrator.state import LoadModule
@@ -24,6 +26,7 @@ from orchestrator.verify.network import Network, load_filter, network
 from orchestrator.verify.play import play
 
 _FIRST_PORT = 40000
+_REMOVING_WAITS_S = 600.0  # for the lock
 
 
 class Outcome(StrEnum):
@@ -73,18 +76,21 @@ class NotRemovedError(RollbackError):
 class Trial:
     """How a profile is verified: `talk` is told of steps and warnings, and knows of signals.
 
-    `templates` is a directory of templates that replace ours, None for none.
+    `host` is the state directory of all others, whose lock is taken; `templates` one of templates that replace ours,
+    None for none.
     """
 
     talk: Talk
+    host: Path
+    wait_s: float
     templates: Path | None = None
 
     def run(self, desired: Desired) -> Verification:
         """Raises OrchError if the profile cannot be tried here, Interrupted at a signal; nothing stays but modules."""
-        for name, reason in trials.remove_abandoned().items():
+        for name, reason in trials.remove_abandoned(self._alone()).items():
             became = f"and something stays for now: {reason}" if reason else "what it left is taken away"
             self.talk.warn(f"{name} did not clean up: {became}")
-        with trials.place() as place:
+        with trials.place(self.host) as place:
             state = place.state_dir
             registered = [r.key for r in kernel_system(state).registry.dump()]
             without = left_out(desired, registered)
@@ -99,10 +105,20 @@ class Trial:
                     return Verification(desired.profile, tuple(self._held(todo, there, events)), modules)
 
     @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While no other orch is at work. Raises RefusedError if one is for longer than we wait."""
+        talk, clock = self.talk, MonotonicClock()
+        with (
+            contextlib.closing(Ledger.open(self.host, boot_id=boot_id(), create=True)) as ledger,
+            ledger.locked("verify", wait_s=self.wait_s, clock=clock, interrupted=talk.interrupted, say=talk.warn),
+        ):
+            yield
+
+    @contextlib.contextmanager
     def _applied(self, state: Path, there: Network, desired: Desired, target: Target) -> Iterator[tuple[str, ...]]:
         """The profile, applied on the router while the block runs; signals do not stop its removal."""
-        app = App(kernel_system(state), state, boot_id(), self.talk, there.router.netns.path)
-        last = replace(app, talk=replace(self.talk, interrupted=lambda: 0))
+        app = App(kernel_system(state), state, boot_id(), self.talk, there.router.netns.path, self.wait_s)
+        last = replace(app, talk=replace(self.talk, interrupted=lambda: 0), wait_s=_REMOVING_WAITS_S)
         try:
             report = app.apply(desired, target, ask=False)
             yield tuple(step.name for step in report.plan.steps if isinstance(step, LoadModule))

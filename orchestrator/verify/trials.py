@@ -13,7 +13,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,12 +42,17 @@ class Place:
 
 
 @contextlib.contextmanager
-def place() -> Iterator[Place]:
-    """A new one; the directory is gone after the block, unless something is registered still of which it knows."""
+def place(host: Path) -> Iterator[Place]:
+    """A new one; the directory is gone after the block, unless something is registered still of which it knows.
+
+    Its lock is that of `host`, the state directory of all others: registrations are the host's.
+    """
     token = secrets.token_hex(4)
     path = RUNTIME / f"{_NAME}{token}"
     hidden = RUNTIME / f".{path.name}"  # until it is locked nobody must take it for one that was left behind
     hidden.mkdir(mode=0o700)
+    host.mkdir(mode=0o755, parents=True, exist_ok=True)
+    (hidden / "lock").symlink_to(host / "lock")
     try:
         with _locked(hidden):
             hidden.rename(path)
@@ -80,17 +85,22 @@ def is_of_trial(key: HelperKey) -> bool:
     return _REGISTERED.fullmatch(key.name) is not None
 
 
-def remove_abandoned(system_of: Callable[[Path], System] = kernel_system) -> Mapping[str, str]:
+def remove_abandoned(
+    alone: AbstractContextManager[object], system_of: Callable[[Path], System] = kernel_system
+) -> Mapping[str, str]:
     """Take away what killed trials left: why something of each stays, empty if nothing does, by the trial's name.
 
-    What stays is in nobody's way, and is tried again the next time. `system_of` gives the adapters for a state
-    directory. Raises OrchError if the host cannot be looked at.
+    What stays is in nobody's way, and is tried again the next time. `alone` is entered if there is anything to do, and
+    keeps others from work; `system_of` gives the adapters for a state directory. Raises OrchError if the host cannot be
+    looked at.
     """
     reasons: dict[str, str] = {}
-    for name, keys in abandoned(registration.key for registration in system_of(RUNTIME).registry.dump()).items():
-        with _locked(RUNTIME / name) as is_mine:
-            if is_mine:
-                reasons[name] = _try_to_remove(system_of(RUNTIME / name), RUNTIME / name, keys)
+    found = abandoned(registration.key for registration in system_of(RUNTIME).registry.dump())
+    with alone if found else contextlib.nullcontext():
+        for name, keys in found.items():
+            with _locked(RUNTIME / name) as is_mine:
+                if is_mine:
+                    reasons[name] = _try_to_remove(system_of(RUNTIME / name), RUNTIME / name, keys)
     return reasons
 
 

@@ -6,6 +6,7 @@ That cannot be undone there: such a rule never lets go of its helper. So here is
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,11 +68,11 @@ if IDLES:  # elsewhere a trial leaves nothing
         assert done.returncode == 0
         assert "stays, disabled: this kernel would make iptables rules idle" in done.stderr
         assert works()
-        assert all("stays, disabled" in reason for reason in trials.remove_abandoned().values())
+        assert all("stays, disabled" in reason for reason in trials.remove_abandoned(nullcontext()).values())
         assert "tftp" in registered(orch), "the name that conntrackd insists on"
         assert works()
         orch.teardown(every_netns=True)
-        assert list(trials.remove_abandoned().values()) == [""]
+        assert list(trials.remove_abandoned(nullcontext()).values()) == [""]
         assert registered(orch) == set()
 
 else:  # there the rules would be idle, and their helper registered, until the next boot

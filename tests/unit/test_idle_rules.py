@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -401,14 +402,14 @@ def try_out(orch: Harness, text: str, place: trials.Place) -> TeardownReport:
 @pytest.mark.parametrize("backend", ["nftables", "iptables-nft"])
 def test_a_trial_leaves_what_would_harm(orch: Harness, kernel: FakeKernel, runtime: Path, backend: str) -> None:
     orch.apply(profile(ASKING_TFTP), "blue")
-    with trials.place() as place:
+    with trials.place(orch.state_dir) as place:
         (report,) = try_out(orch, profile("ftp: {engine: conntrackd}", backend=backend), place).reports
     assert len(report.plan.kept) == 2
     assert {key.name for key in kernel.registrations} > {"ftp", f"{place.prefix}-0"}
-    (reason,) = trials.remove_abandoned(lambda _: kernel.system()).values()
+    (reason,) = trials.remove_abandoned(nullcontext(), lambda _: kernel.system()).values()
     assert "those of profile p in netns blue; the next orch verify" in reason
     orch.teardown("p", "blue")
-    assert list(trials.remove_abandoned(lambda _: kernel.system()).values()) == [""]
+    assert list(trials.remove_abandoned(nullcontext(), lambda _: kernel.system()).values()) == [""]
     assert (kernel.registrations, is_unharmed(kernel), list(runtime.iterdir())) == ({}, True, [])
 
 
@@ -421,9 +422,9 @@ def test_a_killed_trial_whose_namespace_is_taken_apart(orch: Harness, kernel: Fa
     Harness(orch.system, state, boot_id=boot_id()).app("red").apply(tried, render.target(tried), ask=False)
     kernel.gone.append(kernel.namespaces.pop("red"))
     kernel.inhabited.add(kernel.gone[0].netns.identity)
-    (reason,) = trials.remove_abandoned(lambda _: kernel.system()).values()
+    (reason,) = trials.remove_abandoned(nullcontext(), lambda _: kernel.system()).values()
     assert reason == "cannot unregister helper v00000001-0/ip/tcp: rules still refer to it"
     assert is_unharmed(kernel)
     kernel.inhabited.clear()
-    assert list(trials.remove_abandoned(lambda _: kernel.system()).values()) == [""]
+    assert list(trials.remove_abandoned(nullcontext(), lambda _: kernel.system()).values()) == [""]
     assert (kernel.registrations, is_unharmed(kernel)) == ({}, True)
