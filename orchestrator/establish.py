@@ -9,7 +9,7 @@ from orchestrator import look
 from orchestrator.errors import NoHandoverError, OrchError, RollbackError, StalePlanError, VerifyError
 from orchestrator.execute import EXPECTED, Execution
 from orchestrator.launches import launches
-from orchestrator.model import Listing
+from orchestrator.model import HelperKey, Listing
 from orchestrator.plan_around import plan_around
 from orchestrator.reports import PlanRefusedError, Report, Trial, worth_trying
 from orchestrator.state import Applied, CreateRegistration, LoadRules, Observed, Pending, Plan, Wanted
@@ -48,7 +48,9 @@ class Establishing:
         if trial is not None:
             self._guard(tx, trial)
         talk = self.work.talk
-        execution = Execution(self.work.system, self.work.ledger, plan, tx, talk.step, talk.interrupted)
+        execution = Execution(
+            self.work.system, self.work.ledger, plan, tx, talk.step, talk.interrupted, self._listened()
+        )
         try:
             self._carry_out(execution)
         except NoHandoverError as error:  # known to who plans from now on, so this is not repeated
@@ -72,7 +74,7 @@ class Establishing:
         plan = look.undoable(plan, observed)
         system, ledger = self.work.system, self.work.ledger
         tx = self._begin(plan)
-        execution = Execution(system, ledger, plan, tx, self.work.talk.step)
+        execution = Execution(system, ledger, plan, tx, self.work.talk.step, listened=self._listened())
         leftovers = execution.run_all() or self._settle_returned(tx, plan)
         if leftovers:
             live = self.work.live_keys()
@@ -105,6 +107,9 @@ class Establishing:
     def _begin(self, plan: Plan, pending: Pending | None = None) -> int:
         command = "rollback" if self.is_rollback else "apply"
         return self.work.ledger.begin(command, self.wanted.owner, plan.steps, pending=pending)
+
+    def _listened(self) -> frozenset[HelperKey]:
+        return frozenset(registration.key for registration in self.wanted.target.registrations)
 
     def _guard(self, tx: int, trial: Trial) -> None:
         """Nothing is done before somebody is there who undoes it."""
@@ -196,7 +201,7 @@ class Establishing:
     def _remember(self, observed: Observed) -> None:
         """Write down what is there already but the ledger does not know: it was lost, or another version wrote it."""
         applied, wanted = observed.applied, self.wanted
-        same = applied is not None and applied.target == wanted.target and applied.source == wanted.source
+        same = applied is not None and applied.wanted == wanted
         listing, half_done = look.own_listing(observed, wanted.target), self.work.ledger.unsettled(wanted.owner)
         if same and applied and listing and applied.baseline == listing and not (self.is_rollback or half_done):
             return

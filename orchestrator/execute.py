@@ -6,7 +6,7 @@ import contextlib
 import errno
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from orchestrator.errors import (
@@ -19,7 +19,7 @@ from orchestrator.errors import (
     RollbackError,
 )
 from orchestrator.journal import Ledger
-from orchestrator.model import Netns, Registration, Rules, Status
+from orchestrator.model import HelperKey, Netns, Registration, Rules, Status
 from orchestrator.observe import Observer
 from orchestrator.ports import Launch, ProcessSeen, System
 from orchestrator.release import idles_iptables, stays_for
@@ -71,7 +71,10 @@ class Outcome:
 
 @dataclass(slots=True)
 class Execution:
-    """One run of a plan. `report` is told of every step as it ends; `interrupted` returns a signal number or 0."""
+    """One run of a plan. `report` is told of every step as it ends; `interrupted` returns a signal number or 0.
+
+    `listened` are the registrations for which the plan makes a process of its own listen.
+    """
 
     system: System
     ledger: Ledger
@@ -79,8 +82,11 @@ class Execution:
     tx: int
     report: Callable[[Outcome], None]
     interrupted: Callable[[], int] = lambda: 0
+    listened: frozenset[HelperKey] = frozenset()
     _done: list[tuple[int, Step]] = field(default_factory=list)
     _is_noting: bool = True
+    _resting: frozenset[HelperKey] = frozenset()
+    _users: Mapping[HelperKey, tuple[Owner, ...]] | None = None
 
     def run(self) -> None:
         """Take every step; on the first failure or signal undo what was done and raise that first cause.
@@ -119,6 +125,8 @@ class Execution:
             except EXPECTED as error:
                 failures.append(f"{describe(step)}: {error}")
                 hazards.note(step, error)
+                if _may_have_acted(step, error):
+                    self._done.append((sequence, step))
         return tuple(failures)
 
     def undo(self) -> tuple[str, ...]:
@@ -136,8 +144,17 @@ class Execution:
 
     def _take(self, sequence: int, step: Step) -> None:
         self.ledger.intend(self.tx, sequence)
-        timed(step, self.system, self.plan.netns, self.report)
+        if isinstance(step, UpdateRegistration) and step.after.key in self._resting:
+            step = UpdateRegistration(_disabled(step.before), step.after)
+        _take_heard(step, self.system, self.plan.netns, self.report, self._is_deaf)
         self._done.append((sequence, step))
+
+    def _is_deaf(self, registration: Registration) -> bool:
+        if self._users is None:
+            self._users = Observer(self.system, self.ledger).others(self._owner)
+        here = (self._owner,) if registration.key in self.listened else ()
+        owners = (*self._users.get(registration.key, ()), *here)
+        return bool(Observer(self.system, self.ledger).deaf(registration, owners))
 
     def _take_or_restart(self, sequence: int, step: Step) -> None:
         try:
@@ -145,7 +162,7 @@ class Execution:
         except NoHandoverError as error:
             if not isinstance(step, SucceedProcess):
                 raise
-            _restart(self.system, self.plan.netns, step.after, error)
+            self._resting |= _restart(self.system, self.plan.netns, step.after, error)
             self._done.append((sequence, step))
 
     def _note_undone(self, sequence: int) -> None:
@@ -252,11 +269,18 @@ def lead_back(
     later ones may have found nothing that they could undo.
 
     A registration that was made stays, disabled and ours, where the kernel would make iptables rules idle after it.
-    `unseen` is where there may be some that cannot be looked at.
+    `unseen` is where there may be some that cannot be looked at. One that was enabled stays disabled where a process
+    that listened for it has died meanwhile.
     """
     leftovers: list[str] = []
     netns = owner.netns
-    places = functools.cache(lambda: unseen or Observer(system, ledger).in_the_way(owner))
+    observer = Observer(system, ledger)
+    places = functools.cache(lambda: unseen or observer.in_the_way(owner))
+    users = functools.cache(ledger.users)
+
+    def is_deaf(registration: Registration) -> bool:
+        return bool(observer.deaf(registration, users().get(registration.key, ())))
+
     hazards = _Hazards()
     for sequence, step in reversed(done):
         back = _way_back(step, netns)
@@ -276,7 +300,7 @@ def lead_back(
                 ledger.claim([back.registration])
                 _log.warning("%s", stays_for(back.registration.key, places()))
             else:
-                timed(back, system, netns, report, is_undo=True)
+                _take_heard(back, system, netns, report, is_deaf, is_undo=True)
         except EXPECTED as error:
             leftovers.append(f"{describe(back)}: {error}")
             hazards.note(back, error)
@@ -288,8 +312,8 @@ def lead_back(
 
 def _is_made(registration: Registration, system: System) -> bool:
     """Whether it is there, and nobody else's."""
-    quiet = replace(registration, status=Status.DISABLED)
-    return any(replace(seen, status=Status.DISABLED) == quiet for seen in system.registry.dump())
+    quiet = _disabled(registration)
+    return any(_disabled(seen) == quiet for seen in system.registry.dump())
 
 
 def _way_back(step: Step, netns: Netns) -> Step | None:
@@ -298,6 +322,52 @@ def _way_back(step: Step, netns: Netns) -> Step | None:
     if isinstance(back, LoadRules) and not (back.after.digest or back.after.documents):
         return RemoveRules(back.after)
     return back
+
+
+def _take_heard(
+    step: Step,
+    system: System,
+    netns: Netns,
+    report: Callable[[Outcome], None],
+    is_deaf: Callable[[Registration], bool],
+    *,
+    is_undo: bool = False,
+) -> None:
+    """Take one step, but enable nothing to which anybody is deaf: who dies meanwhile has its supervisor disable it."""
+    step = _but_disabled(step, [r for r in _enabled_by(step) if is_deaf(r)])
+    timed(step, system, netns, report, is_undo=is_undo)
+    try:
+        late = [r for r in _enabled_by(step) if is_deaf(r)]
+        for registration in late:
+            system.registry.update(_disabled(registration))
+    except EXPECTED as error:
+        number = getattr(error, "errno", 0) or 0
+        raise HalfDoneError("look for listeners", describe(step), number, detail=str(error)) from error
+
+
+def _enabled_by(step: Step) -> tuple[Registration, ...]:
+    """Registrations that a step enables, or may enable."""
+    match step:
+        case UpdateRegistration(before, after) if _is_enabled(after) and not _is_enabled(before):
+            return (after,)
+        case KeepRegistrations(registrations):
+            return tuple(filter(_is_enabled, registrations))
+    return ()
+
+
+def _but_disabled(step: Step, deaf: list[Registration]) -> Step:
+    for registration in deaf:
+        _log.warning("%s stays disabled: nobody listens on its queue", registration.key)
+    match step:
+        case UpdateRegistration(before, after) if deaf:
+            return UpdateRegistration(before, _disabled(after))
+        case KeepRegistrations(registrations) if deaf:
+            return KeepRegistrations(tuple(_disabled(r) if r in deaf else r for r in registrations))
+    return step
+
+
+def _disabled(registration: Registration) -> Registration:
+    return replace(registration, status=Status.DISABLED)
 
 
 def timed(
@@ -329,8 +399,8 @@ def perform(step: Step, system: System, netns: Netns, *, is_undo: bool = False) 
             system.modules.load(name)
         case CreateRegistration(registration):
             _create(system, registration, is_undo=is_undo)
-        case UpdateRegistration(_, after):
-            _update(system, after, is_undo=is_undo)
+        case UpdateRegistration(before, after):
+            _update(system, before, after, is_undo=is_undo)
         case DeleteRegistration(registration):
             _delete(system, registration, is_undo=is_undo)
         case KeepRegistrations(registrations):
@@ -344,6 +414,8 @@ def perform(step: Step, system: System, netns: Netns, *, is_undo: bool = False) 
         case SucceedProcess():
             return _succeed_again(system, netns, step) if is_undo else bool(system.processes.succeed(step.after))
         case ServeQueues(launch, _, after):
+            if is_undo and not any(seen.pid for seen in _running(system, netns, launch.profile, launch.spec.name)):
+                return False  # it has died meanwhile, and what is undone next starts another
             system.processes.serve(launch, after)
         case WatchProcess(launch, process):
             system.processes.watch(launch, process)
@@ -386,11 +458,12 @@ def _create(system: System, registration: Registration, *, is_undo: bool) -> Non
         raise KernelError("register helper", str(registration.key), errno.EEXIST)
 
 
-def _update(system: System, registration: Registration, *, is_undo: bool) -> None:
+def _update(system: System, before: Registration, after: Registration, *, is_undo: bool) -> None:
+    """Who changes the values of an enabled one leaves its status alone: a supervisor may have disabled it meanwhile."""
     live = {r.key: r for r in system.registry.dump()} if is_undo else {}
-    if is_undo and not (registration.key in live and live[registration.key].can_become(registration)):
+    if is_undo and not (after.key in live and live[after.key].can_become(after)):
         return  # it is gone, or the one that was there before is back already
-    system.registry.update(registration)
+    system.registry.update(after, keeps_status=_is_enabled(before) and _is_enabled(after))
 
 
 def _delete(system: System, registration: Registration, *, is_undo: bool) -> None:
@@ -449,15 +522,16 @@ def _succeed_again(system: System, netns: Netns, step: SucceedProcess) -> bool:
     return bool(surplus) or not is_back
 
 
-def _restart(system: System, netns: Netns, launch: Launch, why: NoHandoverError) -> None:
+def _restart(system: System, netns: Netns, launch: Launch, why: NoHandoverError) -> frozenset[HelperKey]:
     """What hands over nothing is restarted at once where nobody makes another plan.
 
-    A registration stays disabled if it has a queue that the process does not serve: a step is to come that updates it.
+    Returns the registrations that stay disabled, as they have a queue that the process does not serve: a step is to
+    come that updates them.
     """
     _log.warning("%s: it is restarted, and nothing is inspected meanwhile", why)
     filling = [r for r in system.registry.dump() if r.key in launch.spec.keys and _is_enabled(r)]
     for registration in filling:
-        system.registry.update(replace(registration, status=Status.DISABLED))
+        system.registry.update(_disabled(registration))
     if filling:
         perform(DrainQueues(tuple(sorted({r.queue_num for r in filling}))), system, netns)
     for process in _running(system, netns, launch.profile, launch.spec.name):
@@ -466,6 +540,7 @@ def _restart(system: System, netns: Netns, launch: Launch, why: NoHandoverError)
     for registration in filling:
         if registration.queue_num in launch.spec.queues:
             system.registry.update(registration)
+    return frozenset(r.key for r in filling if r.queue_num not in launch.spec.queues)
 
 
 def _drain(system: System, netns: Netns, queues: tuple[int, ...], within_s: float) -> None:

@@ -41,9 +41,9 @@ class KernelRegistry:
     def create(self, registration: Registration) -> None:
         self._perform("register helper", registration.key, codec.encode_create(registration))
 
-    def update(self, registration: Registration) -> None:
+    def update(self, registration: Registration, *, keeps_status: bool = False) -> None:
         self._require("update helper", registration.key)
-        self._perform("update helper", registration.key, codec.encode_update(registration))
+        self._perform("update helper", registration.key, codec.encode_update(registration, keeps_status=keeps_status))
 
     def delete(self, key: HelperKey) -> None:
         """Unregister. EBUSY counts only if it lasts: nf_tables lets go of the objects of a batch in a worker, after it.

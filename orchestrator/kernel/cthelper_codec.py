@@ -83,13 +83,13 @@ def encode_create(registration: Registration, *, sequence: int = 0) -> bytes:
     return _new(registration, flags=_CHANGE | NLM_F_CREATE | NLM_F_EXCL, sequence=sequence)
 
 
-def encode_update(registration: Registration, *, sequence: int = 0) -> bytes:
-    """NEW that changes queue number, status and policy values of what is there.
+def encode_update(registration: Registration, *, keeps_status: bool = False, sequence: int = 0) -> bytes:
+    """NEW that changes queue number, policy values and, unless it is kept, status of what is there.
 
-    Complete on purpose: the kernel compares the private data length and the policy names, and answers EBUSY where they
-    differ. It has no way to say "only if it exists": without the key it registers.
+    Else complete on purpose: the kernel compares the private data length and the policy names, and answers EBUSY where
+    they differ. It has no way to say "only if it exists": without the key it registers.
     """
-    return _new(registration, flags=_CHANGE, sequence=sequence)
+    return _new(registration, flags=_CHANGE, sequence=sequence, keeps_status=keeps_status)
 
 
 def encode_status(key: HelperKey, status: Status, *, sequence: int = 0) -> bytes:
@@ -135,14 +135,14 @@ def _decode_once(data: bytes) -> Registration | ForeignRegistration:
     return _helper(message)
 
 
-def _new(registration: Registration, *, flags: int, sequence: int) -> bytes:
+def _new(registration: Registration, *, flags: int, sequence: int, keeps_status: bool = False) -> bytes:
     policies = [(f"NFCTH_POLICY_SET{i}", _policy(policy)) for i, policy in enumerate(registration.policies, start=1)]
     attributes = [
         *_identity(registration.key),
         ("NFCTH_QUEUE_NUM", registration.queue_num),
         ("NFCTH_POLICY", {"attrs": [("NFCTH_POLICY_SET_NUM", len(policies)), *policies]}),
         ("NFCTH_PRIV_DATA_LEN", registration.priv_data_len),
-        ("NFCTH_STATUS", _STATUS_NUMBER[registration.status]),
+        *([] if keeps_status else [("NFCTH_STATUS", _STATUS_NUMBER[registration.status])]),
     ]
     return _message(NFNL_MSG_CTHELPER_NEW, attributes, flags=flags, sequence=sequence)
 

@@ -64,6 +64,14 @@ def test_values_are_updated_in_place(world: World, after: Registration) -> None:
     assert world.system.registry.dump() == (after,)
 
 
+@pytest.mark.parametrize("status", Status)
+def test_values_are_updated_and_the_status_kept(world: World, status: Status) -> None:
+    world.system.registry.create(replace(FTP, status=status))
+    after = replace(FTP, queue_num=0xFFFF, policies=(Policy("ftp", 255, 86400),), status=Status.ENABLED)
+    world.system.registry.update(after, keeps_status=True)
+    assert world.system.registry.dump() == (replace(after, status=status),)
+
+
 @pytest.mark.parametrize(
     "after",
     [

@@ -120,18 +120,24 @@ class Host(RuleBasedStateMachine):
         helpers=helpers(),
         event=st.integers(0, 40),
         fault=st.sampled_from([KILL, SIGNAL, Fault(errno.EPERM)]),
+        dies=st.integers(0, 5),
     )
-    def fail(self, place: tuple[str, str], helpers: str, event: int, fault: Fault) -> None:
-        """An apply is killed, stopped, or a call fails; all is as before then, at the latest with the next command."""
+    def fail(self, place: tuple[str, str], helpers: str, event: int, fault: Fault, dies: int) -> None:
+        """An apply is killed, stopped, or a call fails; all is as before then, at the latest with the next command.
+
+        Before that a process may die, if there are as many.
+        """
         text = f"profile: {place[0]}\nhelpers:\n{helpers}"
         if run(self.orch, self.kernel, apply(text, place[1]), {event: fault}).is_done:
             self.applied[place] = text
+        self.kill_process(dies)
         self.settle(place[1])
 
-    @rule(place=places, event=st.integers(0, 20))
-    def die_in_teardown(self, place: tuple[str, str], event: int) -> None:
+    @rule(place=places, event=st.integers(0, 20), dies=st.integers(0, 5))
+    def die_in_teardown(self, place: tuple[str, str], event: int, dies: int) -> None:
         """The next command finishes it, if it had begun."""
         run(self.orch, self.kernel, lambda orch, _: orch.teardown(*place), {event: KILL})
+        self.kill_process(dies)
         self.settle(place[1])
         if place not in self.known():
             self.applied.pop(place, None)
