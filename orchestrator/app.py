@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,10 +15,10 @@ from orchestrator.errors import PreflightError
 from orchestrator.establish import Establishing
 from orchestrator.execute import EXPECTED
 from orchestrator.journal import Ledger, note_child
-from orchestrator.model import Backend, Desired, Document, Status, Target
+from orchestrator.model import Backend, Desired, Document, Netns, Status, Target
 from orchestrator.observe import Observer
 from orchestrator.ports import System
-from orchestrator.remove import remove, remove_unused
+from orchestrator.remove import remove_each, remove_remade, remove_unused
 from orchestrator.reports import Difference, Report, Talk, TeardownReport, Trial
 from orchestrator.settle import Settling
 from orchestrator.state import Applied, HelperSummary, Observed, Owner, Pending, Plan, Wanted
@@ -152,8 +152,9 @@ class App:
                 with contextlib.suppress(PreflightError):  # it is gone
                     owner = self._owner(desired)
                     everything.setdefault((owner.profile, owner.netns.identity), owner)
-            mine = [owner for owner in everything.values() if is_asked_for(owner)]
-            others = tuple(o for o in everything.values() if o not in mine)
+            asked = [owner for owner in everything.values() if is_asked_for(owner)]
+            others = tuple(o for o in everything.values() if o not in asked)
+            mine = [self._by_name(owner, places or {}, work.observer) for owner in asked]
             if any(work.observer.is_there(owner.netns) for owner in mine):
                 self.refuse_while_pending(ledger)
             # What iptables rules are in the way of goes with the others, when those are gone.
@@ -163,19 +164,27 @@ class App:
             plans = [look.plan_removal(work.observer, owner, target)[1] for owner in mine]
             if not all(not plan.cut or work.ask(plan) for plan in plans):
                 return TeardownReport(tuple(Report(plan, declined=True) for plan in plans), others)
-            reports = tuple(remove(work, owner, target) for owner in mine)
+            reports = remove_each(work, mine, target)
             remove_unused(work)
             return TeardownReport(reports, others)
 
-    def _places(self, desired: Desired | None) -> frozenset[str]:
-        """The identities of the namespace that is meant, and of those that had its name and are gone."""
+    @staticmethod
+    def _by_name(owner: Owner, places: Mapping[str, Netns], observer: Observer) -> Owner:
+        """The same, by the name that was given for its namespace, if the path that is known leads there no more."""
+        if observer.is_there(owner.netns):
+            return owner
+        return replace(owner, netns=places.get(owner.netns.identity, owner.netns))
+
+    def _places(self, desired: Desired | None) -> Mapping[str, Netns]:
+        """The namespace that is meant, and those that had its name and are gone, by identity."""
         name = (desired.netns if desired else "") if self.netns is None else self.netns
         with self.reading() as ledger:
             observer = Observer(self.system, ledger)
             named = [owner.netns for owner in ledger.owners() if name and name in (owner.netns.label, owner.netns.path)]
-            gone = frozenset(netns.identity for netns in named if not observer.is_there(netns))
+            gone = {netns.identity: netns for netns in named if not observer.is_there(netns)}
         try:
-            return gone | {self.system.host.find_netns(name).identity}
+            found = self.system.host.find_netns(name)
+            return {**gone, found.identity: found}
         except PreflightError:
             if not gone:
                 raise
@@ -186,7 +195,8 @@ class App:
     def applied(self, wanted: str = "") -> tuple[Applied, ...]:
         """What the ledger remembers of every namespace (or one, if it was named) and every profile (or one)."""
         with self.reading() as ledger:
-            return tuple(applied for applied in ledger.applied() if self.is_asked_for(applied.owner, wanted))
+            asked = [applied for applied in ledger.applied() if self.is_asked_for(applied.owner, wanted)]
+            return tuple(replace(applied, owner=self.current(ledger, applied.owner)) for applied in asked)
 
     def status(self, wanted: str = "") -> HostStatus:
         """Every namespace (or one, if it was named), every profile (or one), and what is not as it was applied."""
@@ -222,6 +232,14 @@ class App:
         """The subjects of a plan in parts that can be made right one after the other; reads only."""
         return look.parts(Observer(self.system, ledger), owner, target, spared)
 
+    def current(self, ledger: Ledger, owner: Owner) -> Owner:
+        """The same, by the name that its namespace has now if the path that is known leads there no more."""
+        return Observer(self.system, ledger).current(owner)
+
+    def is_remade(self, ledger: Ledger, owner: Owner) -> bool:
+        """Whether the namespace is gone for good, as its name is another one's now."""
+        return Observer(self.system, ledger).is_remade(owner.netns)
+
     def roll_back(self, ledger: Ledger, pending: Pending) -> Report:
         """Undo an apply that nobody confirmed; under the lock, with nothing unsettled."""
         return unconfirmed.roll_back(self._work(ledger), pending)
@@ -250,6 +268,8 @@ class App:
                 work = self._work(ledger)
                 stuck = Settling(work, is_forgiven, renewed).run()
                 work.forget_replaced(self.system.host.known_netns())
+                if not stuck:
+                    remove_remade(work)
                 unconfirmed.roll_back_overdue(work, is_forgiven)
                 work.forget_history()
                 if stuck and any(not unsettled.is_teardown for unsettled in ledger.unsettled()):

@@ -93,7 +93,8 @@ def roll_back(app: App, wanted: str, *, to: int | None, ask: bool) -> Rollback:
         applied = ledger.find(owner)
         ledger.forget_mending(owner)
         line = _line(ledger.history(owner), applied, to)
-        report = app.establish(ledger, replace(line.wanted, owner=owner), ask=ask, is_rollback=True)
+        wanted_again = replace(line.wanted, owner=app.current(ledger, owner))
+        report = app.establish(ledger, wanted_again, ask=ask, is_rollback=True)
         return Rollback(owner, line, report, is_verdict=False)
 
 

@@ -102,9 +102,11 @@ def mend(app: App, owner: Owner, limits: Limits, *, is_dry_run: bool = False) ->
 
 def _first_look(app: App, ledger: Ledger, owner: Owner, *, is_dry_run: bool) -> MendReport | None:
     """None if there is something to do that needs the lock; this look takes none, and changes nothing."""
-    applied = ledger.find(owner)
+    applied = _applied(ledger, owner)
     if applied is None:
         return MendReport(owner, Outcome.RIGHT)
+    if not is_dry_run and app.is_remade(ledger, owner):
+        return None
     plan = app.plan(ledger, owner, applied.target)[1]
     mending, now_s = ledger.mending(owner), app.system.clock.monotonic()
     is_right = _is_right(plan)
@@ -122,6 +124,12 @@ def _first_look(app: App, ledger: Ledger, owner: Owner, *, is_dry_run: bool) -> 
         return None if is_to_settle else _left_alone(owner, plan, mending, now_s)
     at_work = _at_work(app, applied, rest)
     return MendReport(owner, Outcome.WAITING, plan.changes, at_work, again_in_s=_AGAIN_S) if at_work else None
+
+
+def _applied(ledger: Ledger, owner: Owner) -> Applied | None:
+    """What is applied, by the name that the namespace has now."""
+    found = ledger.find(owner)
+    return replace(found, owner=owner) if found else None
 
 
 def _right(owner: Owner, plan: Plan) -> MendReport:
@@ -165,7 +173,7 @@ def _command(owner: Owner) -> str:
 
 def _mend(app: App, ledger: Ledger, owner: Owner, limits: Limits) -> MendReport | _Attempt:
     """What became of it, or what is to be gone on with, in parts."""
-    applied = ledger.find(owner)
+    applied = _applied(ledger, owner)
     if applied is None or _is_on_trial(ledger, owner):
         return MendReport(owner, Outcome.RIGHT)
     plan = app.plan(ledger, owner, applied.target)[1]
@@ -300,7 +308,7 @@ class _Attempt:
         owner = self._applied.owner
         self._app.system.clock.sleep(_GIVE_WAY_S)
         with self._app.settled(_command(owner)) as ledger:
-            applied = ledger.find(owner)
+            applied = _applied(ledger, owner)
             if applied is None or applied.target != self._applied.target or _is_on_trial(ledger, owner):
                 raise RefusedError(f"{owner} was changed meanwhile")
             self._applied = applied

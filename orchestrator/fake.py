@@ -253,6 +253,10 @@ class FakeKernel:
 
     # -- shared by the adapters ---------------------------------------------------------------------------------------
 
+    def inhabited_ones(self) -> tuple[FakeNetns, ...]:
+        """Namespaces in which a process of others runs."""
+        return tuple(n for n in (*self.namespaces.values(), *self.gone) if n.netns.identity in self.inhabited)
+
     def _spaces(self) -> tuple[FakeNetns, ...]:
         """Every namespace that exists: those with a name, and those in which a process still runs."""
         inhabited = {seen.netns for seen, _ in self.running_processes.values()} | self.inhabited
@@ -360,7 +364,7 @@ class FakeRegistry:
         self.kernel.registrations[key] = registration
         self.kernel.times_made[key] += 1
 
-    def update(self, registration: Registration) -> None:
+    def update(self, registration: Registration, *, keeps_status: bool = False) -> None:
         key = registration.key
         self.kernel.modify("update helper", str(key))
         seen = self.kernel.registrations.get(key)
@@ -368,7 +372,7 @@ class FakeRegistry:
             raise KernelError("update helper", str(key), errno.ENOENT)
         if not seen.can_become(registration):
             raise KernelError("update helper", str(key), errno.EBUSY)
-        self.kernel.registrations[key] = registration
+        self.kernel.registrations[key] = replace(registration, status=seen.status) if keeps_status else registration
 
     def delete(self, key: HelperKey) -> None:
         self.kernel.modify("unregister helper", str(key))
@@ -504,6 +508,7 @@ class FakeHost:
             f"/proc/{pid}/ns/net": self.kernel.at(launch.netns).netns
             for pid, (_, launch) in self.kernel.running_processes.items()
         }
+        known |= {f"/proc/{n.netns.identity}/ns/net": n.netns for n in self.kernel.inhabited_ones()}
         known |= {label: n.netns for label, n in self.kernel.namespaces.items()}
         if name not in known:
             raise PreflightError(f"there is no network namespace {name!r}", hint="ip netns list")
@@ -512,6 +517,11 @@ class FakeHost:
     def known_netns(self) -> tuple[Netns, ...]:
         places = (space.netns for space in self.kernel.namespaces.values())
         return tuple(netns for netns in places if not netns.path.startswith("/proc/"))
+
+    def inhabited_path(self, identity: str) -> str:
+        pids = (pid for pid, (seen, _) in self.kernel.running_processes.items() if seen.netns == identity)
+        others = f"/proc/{identity}/ns/net" if identity in self.kernel.inhabited else ""
+        return next((f"/proc/{pid}/ns/net" for pid in pids), others)
 
     def netns_cookie(self, netns: Netns) -> int:
         return self.kernel.enter(netns).cookie

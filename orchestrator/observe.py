@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TypeVar
 
@@ -31,6 +31,7 @@ from orchestrator.state import Applied, Observed, Owner, rules_name
 T = TypeVar("T")
 
 _SUBSYSTEM = "nfnetlink_cthelper"
+_PROCESSES = "/proc/"
 CONCRETE_BACKENDS = (Backend.NFTABLES, Backend.IPTABLES_LEGACY, Backend.IPTABLES_NFT)
 
 
@@ -68,7 +69,7 @@ class Observer:
             registrations=registrations,
             recorded=self.ledger.recorded(),
             users=users,
-            deaf={key: deaf for key, owners in users.items() if (deaf := self._deaf(key, owners, registrations))},
+            deaf={r.key: deaf for r in registrations if (deaf := self.deaf(r, users.get(r.key, ())))},
             listings=listings,
             foreign_table=next((rules_name(x, owner.profile) for x in all_listings if x not in listings), ""),
             applied=applied,
@@ -213,19 +214,45 @@ class Observer:
         known = {n.identity: n for n in (*self.system.host.known_netns(), *(o.netns for o in self.ledger.owners()))}
         return known.values()
 
-    def _deaf(
-        self, key: HelperKey, owners: tuple[Owner, ...], registrations: tuple[Registration, ...]
-    ) -> tuple[Owner, ...]:
+    def others(self, owner: Owner) -> Mapping[HelperKey, tuple[Owner, ...]]:
+        """The other owners that the ledger knows of each registration."""
+        return self._users(owner, ())
+
+    def deaf(self, registration: Registration, owners: Iterable[Owner]) -> tuple[Owner, ...]:
         """Those owners in whose namespace nobody listens on the queue of a registration."""
-        queue = next((r.queue_num for r in registrations if r.key == key), None)
-        if queue is None:
-            return ()
         return tuple(
             owner
             for owner in owners
             if self.is_there(owner.netns)
-            and all(row.queue_num != queue for row in or_nothing(self.system.host.queues, owner.netns))
+            and all(row.queue_num != registration.queue_num for row in or_nothing(self.system.host.queues, owner.netns))
         )
+
+    def current(self, owner: Owner) -> Owner:
+        """The same, by the name that its namespace has now if the path that is known leads there no more.
+
+        What was found by a process is so by any that lives there.
+        """
+        netns = owner.netns
+        if self.is_there(netns):
+            return owner
+        found = [n for n in self.system.host.known_netns() if n.identity == netns.identity]
+        if not found and netns.path.startswith(_PROCESSES) and (path := self._inhabited_path(netns)):
+            found = [replace(netns, path=path)]
+        return next((replace(owner, netns=n) for n in found if not self.is_another(n)), owner)
+
+    def is_remade(self, netns: Netns) -> bool:
+        """Whether its name leads to another namespace now, and it has no other name, and nobody lives in it."""
+        if not netns.path or netns.path.startswith(_PROCESSES):
+            return False
+        try:
+            is_another = self.system.host.find_netns(netns.path).identity != netns.identity
+        except PreflightError:
+            return False
+        known = {n.identity for n in self.system.host.known_netns()} if is_another else {netns.identity}
+        return netns.identity not in known and not self._inhabited_path(netns)
+
+    def _inhabited_path(self, netns: Netns) -> str:
+        return self.system.host.inhabited_path(netns.identity)
 
     def is_there(self, netns: Netns) -> bool:
         """Whether the path of a namespace leads to it still, and not to another."""

@@ -108,8 +108,11 @@ class Registry(Protocol):
     def create(self, registration: Registration) -> None:
         """Register; EEXIST if the key is there already, EBUSY if an in-kernel helper has it. Loads the module."""
 
-    def update(self, registration: Registration) -> None:
-        """Change queue, status and policy values; ENOENT if it is not there, EBUSY if identity would change."""
+    def update(self, registration: Registration, *, keeps_status: bool = False) -> None:
+        """Change queue, policy values and, unless it is kept, status.
+
+        ENOENT if it is not there, EBUSY if identity would change.
+        """
 
     def delete(self, key: HelperKey) -> None:
         """Unregister; ENOENT if not there, EBUSY (before 7.3) while rules refer to it."""
@@ -172,6 +175,9 @@ class Host(Protocol):
 
     def known_netns(self) -> tuple[Netns, ...]:
         """The caller's namespace and all named ones."""
+
+    def inhabited_path(self, identity: str) -> str:
+        """The path of a namespace by a process that lives in it, whoever's; empty if none can be seen."""
 
     def netns_cookie(self, netns: Netns) -> int:
         """What tells a namespace from a later one that got its identity; raises PreflightError if it is gone."""

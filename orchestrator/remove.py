@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from orchestrator import look
-from orchestrator.errors import OrchError, RollbackError
+from orchestrator.errors import Interrupted, OrchError, RollbackError
 from orchestrator.execute import EXPECTED, Execution, timed
 from orchestrator.model import Netns, Target
 from orchestrator.observe import or_nothing
@@ -40,6 +42,49 @@ def remove(work: Work, owner: Owner, target: Target | None = None) -> Report:
         return Report(plan, leftovers=leftovers, notes=plan.kept)
     work.ledger.settle_removed(tx, owner, live=work.live_keys())
     return Report(plan, notes=plan.kept, is_forgotten=plan.is_empty and observed.applied is not None)
+
+
+def remove_each(work: Work, owners: Sequence[Owner], target: Target | None) -> tuple[Report, ...]:
+    """One after the other; each is a transaction of its own. Nobody is asked.
+
+    Raises what the first one raises, and RollbackError, which says what is removed and stays so, from a later one.
+    """
+    reports: list[Report] = []
+    for owner in owners:
+        try:
+            reports.append(remove(work, owner, target))
+        except OrchError as error:
+            left = error.leftovers if isinstance(error, RollbackError) else ()
+            before = tuple(line for one in zip(owners, reports, strict=False) for line in _became(*one))
+            if not before:
+                raise
+            raise RollbackError(error, (*left, *before)) from error
+    return tuple(reports)
+
+
+def _became(owner: Owner, report: Report) -> tuple[str, ...]:
+    if report.leftovers or report.plan.is_empty:
+        return report.leftovers
+    return (f"{owner} is removed, and stays so",)
+
+
+def remove_remade(work: Work) -> None:
+    """Take away what profiles have on the host whose namespace is gone, and its name another one's by now.
+
+    A supervisor does so as soon as the name is deleted; a profile whose helpers are all the kernel's has none.
+    """
+    for owner in work.ledger.owners():
+        if not work.observer.is_remade(owner.netns):
+            continue
+        work.talk.warn(f"netns {owner.netns} was made anew, and profile {owner.profile} is gone with the old one")
+        try:
+            leftovers = remove(work, owner).leftovers
+        except Interrupted:
+            raise
+        except EXPECTED as error:
+            leftovers = (str(error),)
+        for sentence in leftovers:
+            work.talk.warn(f"left: {sentence}")
 
 
 def remove_unused(work: Work) -> None:

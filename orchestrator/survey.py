@@ -38,10 +38,13 @@ def host_status(observer: Observer, is_wanted: Callable[[Owner], bool]) -> HostS
 
 
 def _profile_status(observer: Observer, applied: Applied, connections: Connections) -> ProfileStatus:
-    owner = applied.owner
+    owner = observer.current(applied.owner)
+    applied = replace(applied, owner=owner)
     try:
         if not observer.is_there(owner.netns):
             remedy = owner.how_to(f"teardown {owner.profile}")
+            if observer.is_remade(owner.netns):
+                remedy = "the next apply or teardown"
             raise OrchError(f"it is gone; {remedy} takes away what is left of it")
         observed, plan = look.plan(observer, owner, applied.target)
     except OrchError as error:

@@ -21,12 +21,12 @@ def roll_back(work: Work, pending: Pending) -> Report:
     Under the lock, with nothing unsettled. Where the name of the namespace is gone nothing is to return there.
     """
     work = replace(work, talk=replace(work.talk, interrupted=lambda: 0))
-    netns = pending.owner.netns
-    is_gone = netns.path != "" and not work.observer.is_there(netns)
+    owner = work.observer.current(pending.owner)
+    is_gone = owner.netns.path != "" and not work.observer.is_there(owner.netns)
     if pending.prior is None or is_gone:
-        report = remove(work, work.reachable(pending.owner))
+        report = remove(work, work.reachable(owner))
     else:
-        report = Establishing(work, pending.prior.wanted, is_rollback=True).run_all()
+        report = Establishing(work, replace(pending.prior.wanted, owner=owner), is_rollback=True).run_all()
     if report.leftovers:
         work.ledger.reject(pending)
     return report

@@ -52,7 +52,8 @@ class Work:
         return ()
 
     def reachable(self, owner: Owner) -> Owner:
-        """A namespace whose name was deleted lives on while orch, or a process of ours, runs in it: go in there."""
+        """A namespace whose name is gone has another one, or lives on while orch, or a process of ours, runs in it."""
+        owner = self.observer.current(owner)
         if self.observer.is_there(owner.netns):
             return owner
         path = owner.netns.path
@@ -83,5 +84,7 @@ class Work:
         """Where a namespace is gone nothing can be applied again."""
         applied = {(owner.profile, owner.netns.identity) for owner in self.ledger.owners()}
         for owner in self.ledger.remembered():
-            if (owner.profile, owner.netns.identity) not in applied and not self.observer.is_there(owner.netns):
+            if (owner.profile, owner.netns.identity) not in applied and not self.observer.is_there(
+                self.observer.current(owner).netns
+            ):
                 self.ledger.forget_history(owner)

@@ -17,7 +17,7 @@ CHANGES = {
 LOOKS = {
     "registry": ("dump",),
     "rules": ("listing", "profiles", "expected", "foreign_references"),
-    "host": ("loaded_modules", "find_netns", "known_netns", "netns_cookie", "queues", "connections"),
+    "host": ("loaded_modules", "find_netns", "known_netns", "inhabited_path", "netns_cookie", "queues", "connections"),
     "processes": ("running", "reconciles", "supervised"),
 }
 OTHERS = {

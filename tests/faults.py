@@ -299,6 +299,11 @@ class Scenario:
     every: int = 1
     looks_alike: int = LOOKS_ALIKE
 
+    @property
+    def has_aftermath(self) -> bool:
+        """Not where nobody knows any more what there was, or nobody looks after a process, or it cannot come back."""
+        return not (self.is_one_way or {forget, lose_supervisors, change_identity} & set(self.before))
+
 
 @dataclass(frozen=True, slots=True)
 class Case:
@@ -312,8 +317,17 @@ class Case:
     new: str
     known: Mapping[str, list[Knowledge]]
 
-    def points(self) -> list[Point]:
-        return [*list(self._points())[:: self.scenario.every], *self._blind_points()]
+    def points(self) -> list[Point | Aftermath]:
+        return [*list(self._points())[:: self.scenario.every], *self._blind_points(), *self._aftermaths()]
+
+    def _aftermaths(self) -> Iterator[Aftermath]:
+        """After each kill all processes die, and another thing happens in turn."""
+        if self.given or self.scenario.killed_before is not None or not self.scenario.has_aftermath:
+            return
+        others = itertools.cycle((remove_rules, empty, lose_supervisors, rename))
+        for place in range(len(self.events) + 1)[:: self.scenario.every]:
+            yield Aftermath(self, place, kill_processes)
+            yield Aftermath(self, place, next(others))
 
     def _blind_points(self) -> Iterator[Point]:
         """Looks take turns: some fail, each fourth of these from then on, with one of its errnos."""
@@ -457,11 +471,7 @@ class Point:
         assert not any(self._drift(profile) for profile in orch.status().profiles)
 
     def _teardown(self, orch: Harness, kernel: FakeKernel) -> None:
-        let_time_pass(orch, kernel)  # what has to be confirmed stands in the way until then
-        report = orch.teardown(every_netns=True)
-        assert not any(one.leftovers for one in report.reports), "something could not be taken away"
-        rest = [line for line in kernel.dump_text().splitlines() if not line.startswith("module ")]
-        assert sorted(rest) == of_others(kernel), "something is left"
+        take_everything_away(orch, kernel)
 
 
 def run(orch: Harness, kernel: FakeKernel, act: Act, faults: Mapping[int, Fault], blind: Blind | None = None) -> Ran:
@@ -479,6 +489,42 @@ def _is_partial(orch: Harness, report: object) -> bool:
         return report.report is not None and bool(report.report.leftovers)
     leftovers = [one for one in report.reports if one.leftovers] if isinstance(report, TeardownReport) else []
     return bool(leftovers) or any("could not be undone" in sentence for sentence in orch.warnings)
+
+
+@dataclass(frozen=True, slots=True)
+class Aftermath:
+    """A kill at one event of a case, and something that happens before the next command."""
+
+    case: Case
+    place: int
+    meanwhile: Act
+
+    def __str__(self) -> str:
+        return f"{self.case.scenario.name}: kill at event {self.place}, then {self.meanwhile.__name__}"
+
+    def try_it(self) -> None:
+        """Raises AssertionError if a law does not hold.
+
+        The old state and the new one may both be out of reach. But the next command settles what was killed, nothing is
+        blocked then and no rule names a missing helper, and everything can be taken away.
+        """
+        start: FakeKernel = pickle.loads(self.case.start.kernel)
+        with self.case.start.host() as (orch, kernel):
+            run(orch, kernel, self.case.scenario.act, {self.place: KILL})
+            for each in (kernel, start):
+                self.meanwhile(orch, each)
+            orch.teardown("nobody")
+            check(kernel, start)
+            assert not orch.status().unsettled
+            take_everything_away(orch, kernel)
+
+
+def take_everything_away(orch: Harness, kernel: FakeKernel) -> None:
+    let_time_pass(orch, kernel)  # what has to be confirmed stands in the way until then
+    report = orch.teardown(every_netns=True)
+    assert not any(one.leftovers for one in report.reports), "something could not be taken away"
+    rest = [line for line in kernel.dump_text().splitlines() if not line.startswith("module ")]
+    assert sorted(rest) == of_others(kernel), "something is left"
 
 
 def check(kernel: FakeKernel, start: FakeKernel) -> None:
@@ -632,6 +678,13 @@ def remove_rules(_: Harness, kernel: FakeKernel) -> None:
     for space in kernel.namespaces.values():
         space.rules.clear()
         space.flushed.clear()
+
+
+def rename(_: Harness, kernel: FakeKernel) -> None:
+    """blue gets another name."""
+    if space := kernel.namespaces.pop("blue", None):
+        space.netns = replace(space.netns, label="azure", path="/run/netns/azure")
+        kernel.namespaces["azure"] = space
 
 
 def lose_namespace(_: Harness, kernel: FakeKernel) -> None:

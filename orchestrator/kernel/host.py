@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from orchestrator.kernel import conntrack, modules
-from orchestrator.kernel.netns import cookie, entered, find, known
+from orchestrator.kernel.netns import cookie, entered, find, inhabited_path, known
 from orchestrator.kernel.procfs import parse_queues, read_text
 from orchestrator.model import Backend, L3Proto, L4Proto, Netns, QueueRow
 from orchestrator.ports import HelperRule, LabelRule, LiveConnection, LiveExpectation, Machine, Route
@@ -33,6 +33,9 @@ class KernelHost:
 
     def known_netns(self) -> tuple[Netns, ...]:
         return known()
+
+    def inhabited_path(self, identity: str) -> str:
+        return inhabited_path(identity)
 
     def netns_cookie(self, netns: Netns) -> int:
         return cookie(netns)

@@ -59,6 +59,12 @@ def known() -> tuple[Netns, ...]:
     return (here, *sorted(found.values(), key=lambda netns: netns.label))
 
 
+def inhabited_path(identity: str) -> str:
+    """The path of a namespace by a process that lives in it, whoever's; empty if none can be seen."""
+    paths = (Path(f"/proc/{pid}/ns/net") for pid in os.listdir("/proc") if pid.isdigit())  # noqa: PTH208
+    return next((str(path) for path in paths if _identity_of(path) == identity), "")
+
+
 @contextmanager
 def entered(netns: Netns) -> Iterator[None]:
     """Run a block with this thread inside a namespace, and come back whatever happens; sockets stay where they opened.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -695,6 +696,26 @@ def test_teardown_asks_when_connections_lose_their_helper(orch: Harness, kernel:
     assert orch.teardown().reports[0].declined
     assert orch.questions == ["3 live connections lose their helper."]
     assert kernel.dump_text() == before
+
+
+def test_a_teardown_of_two_that_is_stopped_at_the_second_says_what_is_gone(orch: Harness, kernel: FakeKernel) -> None:
+    """Each is a transaction of its own, so it is neither as before nor done."""
+    orch.apply(FTP)
+    orch.apply("profile: other\nhelpers: {tftp: {}}\n")
+
+    def on_modify(operation: str, key: str) -> None:
+        if (operation, key) == ("flush rules", "other"):
+            orch.signal_number = signal.SIGINT
+
+    kernel.on_modify = on_modify
+    with pytest.raises(RollbackError) as caught:
+        orch.teardown()
+    assert caught.value.leftovers == ("profile ftp in netns host is removed, and stays so",)
+    orch.signal_number = 0
+    assert [str(profile.owner) for profile in orch.status().profiles] == ["profile other in netns host"]
+    orch.signal_number = signal.SIGINT
+    with pytest.raises(Interrupted):
+        orch.teardown()
 
 
 @pytest.mark.parametrize("release, warns", [("6.1.0-56-amd64", True), ("6.12.1", True), ("7.3.4+deb13", False)])
