@@ -97,7 +97,7 @@ class App:
             for unsettled in ledger.left_alone():
                 self.talk.warn(f"{unsettled.sentence}: the next apply or teardown {unsettled.remedy}")
             for pending in ledger.pending():
-                self.talk.warn(f"{pending.owner} waits for its confirmation: until then nothing is applied")
+                self.talk.warn(f"{pending.owner} waits for its confirmation: until then nothing else can be applied")
             owner = self._owner(desired)
             target = self._concrete(target)
             observed, plan = self.plan(ledger, owner, target)

@@ -28,9 +28,10 @@ from orchestrator.commands import (
     watch,
 )
 from orchestrator.commands import run as runs
-from orchestrator.errors import Interrupted, OrchError, ProfileError, RollbackError, UsageError
+from orchestrator.errors import Interrupted, OrchError, OutputError, ProfileError, RollbackError, UsageError
 from orchestrator.session import (
     DEFAULT_STATE,
+    SIGNALS,
     AskOption,
     Colour,
     ColourOption,
@@ -52,6 +53,7 @@ from orchestrator.session import (
     new_session,
     render_target,
     warn_all,
+    writing,
 )
 
 if TYPE_CHECKING:
@@ -128,7 +130,8 @@ def schema() -> ExitCode:
 
     from orchestrator import profile as profiles
 
-    sys.stdout.write(json.dumps(profiles.schema(), indent=2) + "\n")
+    with writing():
+        sys.stdout.write(json.dumps(profiles.schema(), indent=2) + "\n")
     return ExitCode.OK
 
 
@@ -209,7 +212,7 @@ def apply(
         return _diff(session, profile, netns=netns, is_full=is_full, templates=templates, state_dir=state_dir)
     from orchestrator.views import human, machine
 
-    session.is_yes = is_yes or (accepts_loss and not ask)
+    session.is_yes, session.is_full = is_yes or (accepts_loss and not ask), is_full
     desired = load(profile)
     target = render_target(desired, templates)
     warn_all(session, desired)
@@ -252,6 +255,8 @@ def teardown(
     from orchestrator.views import human, machine
 
     session = new_session("teardown", is_json, colour, verbose, is_quiet)
+    if is_all and netns:
+        raise UsageError("--all and --netns exclude each other")
     session.is_yes = is_yes
     name, desired, target = _what_to_remove(profile, templates)
     with session.catching_signals():
@@ -408,7 +413,8 @@ def _ports(option: str, text: str) -> tuple[int, int] | None:
 
 def _print_version(is_wanted: bool) -> None:
     if is_wanted:
-        sys.stdout.write(f"orch {__version__}\n")
+        with writing():
+            sys.stdout.write(f"orch {__version__}\n")
         raise typer.Exit
 
 
@@ -422,12 +428,25 @@ def _root(
 
 
 def run(argv: list[str]) -> int:
-    """Run one command; returns its exit code and never raises what a person could meet."""
+    """Run one command in a process that goes on; returns its exit code and never raises what a person could meet."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        return _run(argv)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run(argv: list[str]) -> int:
+    """As `run`, and signals are ignored once the work was done: until the process ends, they would belie its result."""
     usage_error: type[Exception] = typer.BadParameter.__bases__[0]
     if completion.VARIABLE in os.environ:
         _prepare_completion()
     try:
-        result = cli(args=argv, prog_name="orch", standalone_mode=False)
+        code = int(cli(args=argv, prog_name="orch", standalone_mode=False) or 0)
+        with contextlib.suppress(BrokenPipeError), writing():
+            sys.stdout.flush()
+        return code
     except usage_error as error:
         return _usage(argv, error)
     except UsageError as error:
@@ -436,6 +455,8 @@ def run(argv: list[str]) -> int:
         return _fail(argv, error, 128 + error.signal_number)
     except RollbackError as error:
         return _fail(argv, error, ExitCode.MIXED)
+    except OutputError as error:
+        return _fail(argv, error, error.exit_code)
     except OrchError as error:
         return _fail(argv, error, ExitCode.FAILED)
     except BrokenPipeError:
@@ -448,7 +469,6 @@ def run(argv: list[str]) -> int:
         return _fail(argv, _system_error(error), ExitCode.FAILED)
     except (KeyboardInterrupt, typer.Abort):
         return 128 + signal.SIGINT
-    return int(result or 0)
 
 
 def _system_error(error: OSError) -> OrchError:
@@ -504,12 +524,9 @@ def _open_missing_streams() -> None:
 def main() -> None:
     _open_missing_streams()
     gc.disable()  # a command ends before its garbage matters; looking for it takes a quarter of a large apply
-    code = run(sys.argv[1:])
+    code = _run(sys.argv[1:])
     try:
         sys.stdout.flush()
-    except OSError as error:
+    except OSError:  # which was told
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        if code != ExitCode.FAILED and not isinstance(error, BrokenPipeError):
-            told = _fail(sys.argv[1:], _system_error(error), ExitCode.FAILED)
-            code = code or told
     sys.exit(code)

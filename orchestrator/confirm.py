@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -59,13 +60,23 @@ def confirm(app: App, wanted: str) -> Owner:
 
 
 def keep(app: App, pending: Pending) -> Verdict:
-    """Confirm an apply unless it was settled meanwhile; what became of it."""
-    with app.settled(f"confirm {pending.owner.profile}") as ledger:
-        found = _verdict(ledger, pending)
-        if found is not Verdict.WAITING:
-            return found
-        ledger.confirm(pending.owner)
-        return Verdict.CONFIRMED
+    """Confirm an apply unless it was settled meanwhile; what became of it.
+
+    Waits for other orchs until its deadline; WAITING if they have not ended by then.
+    """
+    clock = app.system.clock
+    patient = replace(app, wait_s=max(0, math.ceil(pending.left_s(clock.boottime()))))
+    try:
+        with patient.settled(f"confirm {pending.owner.profile}") as ledger:
+            found = _verdict(ledger, pending)
+            if found is not Verdict.WAITING:
+                return found
+            ledger.confirm(pending.owner)
+            return Verdict.CONFIRMED
+    except RefusedError:
+        if pending.left_s(clock.boottime()) > 0:
+            raise
+        return Verdict.WAITING
 
 
 def verdict(app: App, pending: Pending) -> Verdict:

@@ -94,6 +94,18 @@ class RollbackError(OrchError):
         self.leftovers = leftovers
 
 
+class OutputError(OrchError, OSError):
+    """Standard output cannot be written; `exit_code` is that of work that was done nevertheless, else 1."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(
+            f"cannot write the result: {error.strerror or error}",
+            where="standard output",
+            cause=f"{errno_name(error.errno)}, write" if error.errno else "",
+        )
+        self.exit_code = 1
+
+
 class DecodeError(ValueError):
     """Bytes that are not the message they should be."""
 

@@ -7,11 +7,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
+from pathlib import Path as FilePath
 
 from orchestrator.model import Attachment, HelperKey, L3Proto, L4Proto, Netns, Path, Queueing, Status
 from orchestrator.ports import Ends, HelperRule, LiveConnection, LiveExpectation, Route
 from orchestrator.state import Applied, Owner
 from orchestrator.status import HelperState, HelperStatus, ProfileStatus
+from orchestrator.typed import DEFAULT_STATE
 
 _MISSING = "missing"
 _RULES = ("inet orch-", "raw orch-")  # how drift begins that is about rules: state.rules_name
@@ -79,6 +81,7 @@ class Sight:
     foreign_rules: tuple[HelperRule, ...]
     connections: tuple[LiveConnection, ...]
     expectations: tuple[LiveExpectation, ...]
+    state_dir: FilePath = DEFAULT_STATE
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +198,7 @@ def _is_expected(asked: Ends, expected: Ends) -> bool:
 
 def _judge(match: Match, question: Question, sight: Sight, live: tuple[LiveConnection, ...]) -> tuple[Reason, str, str]:
     """The first thing that is wrong between the rules and the process."""
-    apply = match.owner.how_to(f"apply {match.source}")
+    apply = match.owner.how_to("apply", match.source, state_dir=sight.state_dir)
     broken = (
         _broken_registration(match.attachment.key, match.helper)
         or _broken_rules(match.owner, sight)

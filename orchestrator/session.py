@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from orchestrator import complete
-from orchestrator.errors import Interrupted, OrchError, UsageError
+from orchestrator.errors import Interrupted, OrchError, OutputError, UsageError
+from orchestrator.typed import DEFAULT_STATE as DEFAULT_STATE
 
 if TYPE_CHECKING:
     from orchestrator.app import App
@@ -93,12 +94,15 @@ YesOption = Annotated[bool, typer.Option("--yes", "-y", envvar="ORCH_YES", help=
 AskOption = Annotated[bool, typer.Option("--ask", envvar="ORCH_ASK", help="Show the plan and ask before it runs.")]
 FullOption = Annotated[bool, typer.Option("--full", envvar="ORCH_FULL", help="Show the text of the rules as a diff.")]
 
-DEFAULT_STATE = Path("/run/orch")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(slots=True)
 class Session:
-    """How one command speaks: streams, colour, verbosity, JSON or text, and the signals that reached it."""
+    """How one command speaks: streams, colour, verbosity, JSON or text, and the signals that reached it.
+
+    `is_full` shows the text of the rules with a question, `has_worked` tells that the result is of work that was done.
+    """
 
     command: str
     is_json: bool = False
@@ -106,7 +110,9 @@ class Session:
     verbose: int = 0
     is_quiet: bool = False
     is_yes: bool = False
+    is_full: bool = False
     signal_number: int = 0
+    has_worked: bool = False
     _is_asking: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -121,7 +127,24 @@ class Session:
         return Paint(is_on=is_coloured(self.colour, stream or sys.stderr))
 
     def write(self, text: str) -> None:
-        sys.stdout.write(text)
+        with writing():
+            sys.stdout.write(text)
+
+    def flush(self) -> None:
+        with writing():
+            sys.stdout.flush()
+
+    def write_at_work(self, text: str) -> None:
+        """On standard output now, while the work goes on: that there is no room for it is told at the end."""
+        with contextlib.suppress(OSError):
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    def ask(self, question: str) -> None:
+        """On standard error; who cannot read it may answer all the same."""
+        with contextlib.suppress(OSError):
+            sys.stderr.write(question)
+            sys.stderr.flush()
 
     def say(self, text: str) -> None:
         if not self.is_quiet:
@@ -130,6 +153,11 @@ class Session:
 
     def warn(self, sentence: str) -> None:
         self.say(f"{self.paint()('warning', 'warning')}: {sentence}")
+
+    def complain(self, sentence: str) -> None:
+        """An error that does not end the command; --quiet leaves it."""
+        with contextlib.suppress(OSError):
+            sys.stderr.write(f"{self.paint()('error', 'error')}: {sentence}\n")
 
     def step(self, outcome: Outcome) -> None:
         from orchestrator.views import human, machine
@@ -141,7 +169,7 @@ class Session:
 
     def confirm(self, plan: Plan, reason: str) -> bool:
         """True if the question is answered with exactly `yes`, or was with --yes."""
-        from orchestrator.views.human import plan_text
+        from orchestrator.views.human import plan_text, rules_text
 
         if self.is_yes:
             return True
@@ -151,9 +179,9 @@ class Session:
                 where="standard input is not a terminal",
                 hint="give -y/--yes if that is meant",
             )
-        sys.stderr.write(plan_text(plan, plan.profile, self.paint()))
-        sys.stderr.write(f'{reason} Only "yes" is accepted: '.lstrip())
-        sys.stderr.flush()
+        texts = rules_text(plan, self.paint()) if self.is_full else ""
+        question = f'{reason} Only "yes" is accepted: '.lstrip()
+        self.ask(f"{plan_text(plan, plan.profile, self.paint(), texts)}{question}")
         with self.asking():
             return sys.stdin.readline().strip() == "yes"
 
@@ -169,9 +197,20 @@ class Session:
             self._is_asking = False
 
     def result(self, exit_code: ExitCode, text: str, **content: Any) -> ExitCode:
-        """The last thing a command says; that nobody reads it any more does not change what was done."""
-        with contextlib.suppress(BrokenPipeError):
+        """The last thing a command says; that nobody reads it any more does not change what was done.
+
+        Raises OutputError if it cannot be written.
+        """
+        try:
             self.tell(exit_code, text, **content)
+            self.flush()
+        except BrokenPipeError:
+            pass
+        except OutputError as error:
+            if self.has_worked:
+                last = text.rstrip().rpartition("\n")[2]
+                error.exit_code, error.hint = exit_code, f"the work was done{': ' if last else ''}{last}"
+            raise
         return exit_code
 
     def tell(self, exit_code: ExitCode, text: str, **content: Any) -> None:
@@ -184,20 +223,37 @@ class Session:
             self.write(text)
 
     @contextmanager
-    def catching_signals(self) -> Iterator[None]:
-        """INT, TERM and HUP are remembered, so that the running step can end and be undone; a question ends at once."""
+    def catching_signals(self, *, is_once: bool = True) -> Iterator[None]:
+        """INT, TERM and HUP are remembered, so that the running step can end and be undone; a question ends at once.
+
+        Afterwards they are as before, or, where that was the work of this command (`is_once`), ignored: it is done or
+        undone by then, and the exit code says which.
+        """
 
         def handle(number: int, _frame: object) -> None:
             self.signal_number = self.signal_number or number
             if self._is_asking:
                 raise Interrupted(number)
 
-        before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        before = {number: signal.signal(number, handle) for number in SIGNALS}
+        self.has_worked = is_once
         try:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                # Not a function of ours: the interpreter takes those away before the process ends.
+                signal.signal(number, signal.SIG_IGN if is_once else handler)
+
+
+@contextmanager
+def writing() -> Iterator[None]:
+    """Raises OutputError if standard output cannot be written, and BrokenPipeError if nobody reads it any more."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(error) from error
 
 
 def is_coloured(colour: Colour, stream: Any) -> bool:

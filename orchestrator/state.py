@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from pathlib import Path
 
 from orchestrator.model import (
     Engine,
@@ -19,6 +20,7 @@ from orchestrator.model import (
     Target,
 )
 from orchestrator.ports import Launch, ProcessSeen
+from orchestrator.typed import how_to
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +33,9 @@ class Owner:
     def __str__(self) -> str:
         return f"profile {self.profile} in netns {self.netns}"
 
-    def how_to(self, command: str) -> str:
-        """`orch COMMAND` for its namespace, to be typed in any."""
-        return f"orch {command} --netns {self.netns}" if self.netns.path else f"orch {command}"
+    def how_to(self, *words: str, state_dir: Path) -> str:
+        """`orch WORDS` for its namespace, to be typed in any."""
+        return how_to(*words, *(["--netns", str(self.netns)] if self.netns.path else []), state_dir=state_dir)
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,13 +42,13 @@ def _profile_status(observer: Observer, applied: Applied, connections: Connectio
     applied = replace(applied, owner=owner)
     try:
         if not observer.is_there(owner.netns):
-            remedy = owner.how_to(f"teardown {owner.profile}")
+            remedy = owner.how_to("teardown", owner.profile, state_dir=observer.ledger.directory)
             if observer.is_remade(owner.netns):
                 remedy = "the next apply or teardown"
             raise OrchError(f"it is gone; {remedy} takes away what is left of it")
         observed, plan = look.plan(observer, owner, applied.target)
     except OrchError as error:
-        return lost_profile(applied, str(error))
+        return lost_profile(applied, "; ".join(filter(None, (error.what, error.hint))))
     seen = profile_status(applied, observed, plan, observer.system, connections(owner.netns))
     now_s, drifted = observer.system.clock.monotonic(), {change.subject for change in plan.changes}
     return replace(seen, mending=observer.ledger.mending(owner).trouble(now_s, drifted))

@@ -12,6 +12,7 @@ from orchestrator.journal import Ledger
 from orchestrator.remove import remove
 from orchestrator.reports import Report
 from orchestrator.state import Owner, Pending
+from orchestrator.typed import how_to
 from orchestrator.work import Work
 
 
@@ -54,12 +55,13 @@ def refuse_while_pending(ledger: Ledger, now_s: float, renewed: Owner | None = N
     """
     for pending in ledger.waiting():
         name = pending.owner.profile
+        confirm, rollback, teardown = (
+            how_to(command, name, state_dir=ledger.directory) for command in ("confirm", "rollback", "teardown")
+        )
         if pending.left_s(now_s) > 0:
-            raise RefusedError(
-                f"{pending.owner} waits for its confirmation", hint=f"orch confirm {name}, or orch rollback {name}"
-            )
+            raise RefusedError(f"{pending.owner} waits for its confirmation", hint=f"{confirm}, or {rollback}")
         if renewed and (renewed.profile, renewed.netns.identity) == (name, pending.owner.netns.identity):
             raise RefusedError(
                 f"{pending.owner} was not confirmed, and could not be undone",
-                hint=f"orch teardown {name} takes it away, orch confirm {name} keeps what there is",
+                hint=f"{teardown} takes it away, {confirm} keeps what there is",
             )

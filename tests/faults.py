@@ -15,6 +15,7 @@ import gc
 import itertools
 import logging
 import pickle
+import re
 import shutil
 import signal
 import sqlite3
@@ -38,6 +39,7 @@ from tests.adapters import CHANGES, LOOKS, wrapped
 from tests.hosts import Harness, both
 
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # as /run is: a ledger on a disk is many times slower
+_STATE_DIR = re.compile(r" --state-dir \S+")
 MODULES = {
     "nf_conntrack_ftp": (("ftp", L4Proto.TCP),),
     "nf_nat_ftp": (),
@@ -555,8 +557,11 @@ def at_rest(kernel: FakeKernel) -> Iterator[Registration]:
 
 
 def knowledge(status: HostStatus) -> Knowledge:
-    """What orch knows of the host."""
-    profiles = tuple((str(profile.owner), profile.drift, profile.trial is not None) for profile in status.profiles)
+    """What orch knows of the host, wherever its ledger is."""
+    profiles = tuple(
+        (str(profile.owner), tuple(_STATE_DIR.sub("", line) for line in profile.drift), profile.trial is not None)
+        for profile in status.profiles
+    )
     return (profiles, status.unknown, status.unsettled)
 
 

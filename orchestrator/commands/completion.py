@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.session import ExitCode
+from orchestrator.session import ExitCode, writing
 
 VARIABLE = "_ORCH_COMPLETE"
 """What the scripts set when they ask; source: typer, _completion_shared.py."""
@@ -28,5 +28,6 @@ def script(shell: Shell) -> str:
 
 def completion(shell: Annotated[Shell, typer.Argument(metavar="SHELL", help="bash, zsh or fish.")]) -> ExitCode:
     """Print the completion script of a shell; packages install it, and `source <(...)` tries it."""
-    sys.stdout.write(script(shell))
+    with writing():
+        sys.stdout.write(script(shell))
     return ExitCode.OK

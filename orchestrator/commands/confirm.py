@@ -78,11 +78,12 @@ def ask(session: Session, app: App, report: Report, pending: Pending, *, is_aske
     applied = human.applied_text(report, pending.source)
     if not (is_asked and sys.stdin.isatty()):
         left_s = _left_s(app, pending)
-        text = f"{applied}Undone in {human.duration_text(left_s)}, unless confirmed: {view.confirm_command(pending)}\n"
-        return session.result(ExitCode.OK, text, report=value, pending=view.pending_value(pending, left_s))
+        command = view.confirm_command(pending, app.state_dir)
+        text = f"{applied}Undone in {human.duration_text(left_s)}, unless confirmed: {command}\n"
+        waits = view.pending_value(pending, left_s, app.state_dir)
+        return session.result(ExitCode.OK, text, report=value, pending=waits)
     if not (session.is_json or session.is_quiet):
-        session.write(applied)
-        sys.stdout.flush()
+        session.write_at_work(applied)
     found = _settle(session, app, pending)
     code = ExitCode.OK if found is confirming.Verdict.CONFIRMED else ExitCode.DECLINED
     return session.result(code, view.verdict_text(pending, found), report=value, verdict=found)
@@ -93,18 +94,24 @@ def _settle(session: Session, app: App, pending: Pending) -> Verdict:
     from orchestrator import confirm as confirming
     from orchestrator.views import history as view
 
+    answer, found = None, confirming.Verdict.WAITING
     try:
         with session.asking():
-            answer = _Answer(app, pending).wait()
-    except Interrupted:
-        session.say(f"\nnot confirmed yet: {view.confirm_command(pending)}, or it is undone in time")
+            answer = _Answer(session, app, pending).wait()
+        if answer == "yes":
+            found = confirming.keep(app, pending)
+        elif answer is None:
+            found = confirming.verdict(app, pending)
+    except OrchError:
+        new_line, command = "\n" if answer is None else "", view.confirm_command(pending, app.state_dir)
+        session.say(f"{new_line}not confirmed yet: {command}, or it is undone in time")
         raise
-    if answer == "yes":
-        return confirming.keep(app, pending)
-    if answer is None and (found := confirming.verdict(app, pending)) is not confirming.Verdict.WAITING:
+    if answer is None:
         session.say("")
+    if found is not confirming.Verdict.WAITING:
         return found
-    session.say("" if answer is None else "undoing it")
+    if answer is not None:
+        session.say("not confirmed in time: undoing it" if answer == "yes" else "undoing it")
     patient = replace(app, wait_s=_UNDOING_WAITS_S, talk=replace(app.talk, interrupted=lambda: 0))
     with patient.settled(f"rollback {pending.owner.profile}") as ledger:
         ended = confirming.undo(patient, ledger, pending)
@@ -116,9 +123,10 @@ def _settle(session: Session, app: App, pending: Pending) -> Verdict:
 class _Answer:
     """The question, and everything that may end it: a line, the end of the terminal, the deadline, another orch."""
 
-    def __init__(self, app: App, pending: Pending) -> None:
+    def __init__(self, session: Session, app: App, pending: Pending) -> None:
         from orchestrator.supervise import inotify
 
+        self._session = session
         self._app = app
         self._pending = pending
         self._changes = inotify.Inotify()
@@ -132,11 +140,10 @@ class _Answer:
         from orchestrator import confirm as confirming
 
         left_s = _left_s(self._app, self._pending)
-        sys.stderr.write(
+        self._session.ask(
             "Open a NEW connection through this host. Keep the changes?"
             f' Only "yes" is accepted ({max(0, round(left_s))} s): '
         )
-        sys.stderr.flush()
         while confirming.verdict(self._app, self._pending) is confirming.Verdict.WAITING:
             left_s = _left_s(self._app, self._pending)
             if left_s <= 0:

@@ -68,10 +68,10 @@ def enable(
     )
     units = boot.documents(service)
     content = {unit.name: unit.text for unit in units}
+    _refuse_unseen(desired, file)
     if is_dry_run:
         return session.result(ExitCode.OK, _listing(content, unit_dir), units=content)
-    _refuse_unseen(desired, file)
-    _need_systemd(shlex.join(["orch", "apply", str(file), *options]))
+    _need_systemd(shlex.join(["orch", "apply", str(file), *options, "--confirm-within", "0"]))
     changed = boot.enable(units, unit_dir, is_now=is_now)
     words = "is enabled" if changed else "was enabled already"
     return session.result(ExitCode.OK, f"{service.service} {words}.\n", units=content, changed=list(changed))

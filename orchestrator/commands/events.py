@@ -56,7 +56,7 @@ def events(
         session.say(f"listening in {', '.join(stream.places) or 'no namespace: nothing is applied yet'}")
         for event in stream.events():
             session.write((view.line(event) if is_json else view.text(event, paint)) + "\n")
-            sys.stdout.flush()
+            session.flush()
             seen += 1
             if seen == count:
                 break

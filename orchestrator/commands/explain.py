@@ -131,4 +131,5 @@ def _sight(app: App, netns: Netns, question: Question) -> Sight:
         foreign_rules=tuple(rule for rule in host.helper_rules(netns) if not rule.is_ours),
         connections=host.live_connections(netns, question.l3proto, question.l4proto),
         expectations=host.live_expectations(netns, question.l3proto),
+        state_dir=app.state_dir,
     )

@@ -22,6 +22,7 @@ from orchestrator.session import (
     StateOption,
     VerboseOption,
     new_session,
+    writing,
 )
 
 if TYPE_CHECKING:
@@ -99,7 +100,8 @@ def _once(scraper: Scraper, textfile: Path | None) -> ExitCode:
         except OSError as error:  # which names a temporary file
             raise OrchError(f"cannot write the metrics: {error.strerror}", where=str(textfile)) from error
     else:
-        sys.stdout.write(generate_latest(registry).decode())
+        with writing():
+            sys.stdout.write(generate_latest(registry).decode())
     return ExitCode.OK
 
 

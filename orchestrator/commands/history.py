@@ -33,4 +33,4 @@ def history(
 
     session = new_session("history", is_json, colour, verbose, is_quiet)
     histories = confirming.history(make_app(session, netns=netns, state_dir=state_dir), profile)
-    return session.result(ExitCode.OK, view.text(histories), history=view.value(histories))
+    return session.result(ExitCode.OK, view.text(histories, profile), history=view.value(histories))

@@ -21,6 +21,7 @@ from orchestrator.session import (
     VerboseOption,
     make_app,
     new_session,
+    writing,
 )
 
 _CLEAR = "\x1b[H\x1b[J"  # ECMA-48: cursor to the top left, erase to the end
@@ -60,6 +61,7 @@ def status(
             wanted=profile,
             width=_width(),
             is_verbose=verbose > 0,
+            state_dir=app.state_dir,
         )
         is_there = bool(seen.profiles or not profile)
         code = ExitCode.OK if seen.is_right and is_there else ExitCode.DIFFERS
@@ -80,7 +82,8 @@ def _watch(show: Callable[[str], ExitCode], interval_s: float) -> ExitCode:
     try:
         while True:
             code = show(prefix)
-            sys.stdout.flush()
+            with writing():
+                sys.stdout.flush()
             time.sleep(interval_s)
     except KeyboardInterrupt:
         return code

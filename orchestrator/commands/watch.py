@@ -98,7 +98,7 @@ def watch(
 
     def interruptible(owner: Owner) -> MendReport:
         """To mend many things may take minutes, and no service manager waits as long."""
-        with session.catching_signals():
+        with session.catching_signals(is_once=False):
             return mend(owner)
 
     watching = watcher.Watcher(
@@ -140,7 +140,6 @@ class _Teller:
         self._trouble: dict[str, str] = {}
 
     def tell(self, report: MendReport, culprit: str = "") -> None:
-        import logging
         import time
 
         from orchestrator.drift import Outcome
@@ -150,12 +149,12 @@ class _Teller:
             return
         now_s = time.time()
         if report.outcome is Outcome.GIVEN_UP:
-            logging.getLogger(__name__).error("%s: not mended any more: %s", report.owner, report.reason)
+            self._session.complain(f"{report.owner}: not mended any more: {report.reason}")
         if self._session.is_json:
-            self._session.write(view.line(report, now_s, culprit=culprit) + "\n")
+            self._session.write_at_work(view.line(report, now_s, culprit=culprit) + "\n")
         elif not self._session.is_quiet:
-            self._session.write(view.text(report, now_s, self._session.paint(sys.stdout), culprit=culprit) + "\n")
-        sys.stdout.flush()
+            text = view.text(report, now_s, self._session.paint(sys.stdout), culprit=culprit)
+            self._session.write_at_work(text + "\n")
 
     def _is_known(self, report: MendReport) -> bool:
         from orchestrator.drift import Outcome

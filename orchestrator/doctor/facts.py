@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from orchestrator.model import HelperKey, L3Proto, L4Proto, Netns, QueueRow, Registration
@@ -11,6 +12,7 @@ from orchestrator.ports import HelperRule, LabelRule, Machine, ProcessSeen
 from orchestrator.release import idles_iptables
 from orchestrator.state import Applied
 from orchestrator.status import HostStatus
+from orchestrator.typed import DEFAULT_STATE
 
 T = TypeVar("T")
 
@@ -78,6 +80,7 @@ class Facts:
     places: tuple[Place, ...]
     is_whole: bool
     answers: Mapping[str, str] | None = None
+    state_dir: Path = DEFAULT_STATE
 
     def applied_at(self, netns: Netns) -> tuple[Applied, ...]:
         return tuple(a for a in self.applied if a.owner.netns.identity == netns.identity)

@@ -69,6 +69,7 @@ def gather(app: App, *, answers: Mapping[str, str] | None = None) -> Facts:
         places=tuple(_place(host, netns) for netns in chosen),
         is_whole=app.netns is None,
         answers=answers,
+        state_dir=app.state_dir,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from orchestrator import catalogue
 from orchestrator.doctor.facts import Facts, Unseen, UnseenError, attaches, listed, nfct, seen
@@ -152,7 +153,7 @@ def profiles(facts: Facts) -> Iterable[Finding]:
     status = seen(facts.status)
     for one in status.profiles:
         for line in one.drift:
-            apply = one.owner.how_to(f"apply {one.source}")
+            apply = one.owner.how_to("apply", one.source, state_dir=facts.state_dir)
             yield problem(f"{one.owner}: {line}", f"{apply}; orch diff shows more")
     for owner in status.unknown:
         yield problem(f"{owner} has rules or processes, and the ledger does not know it", "apply it, or tear it down")
@@ -160,14 +161,14 @@ def profiles(facts: Facts) -> Iterable[Finding]:
 
 def processes(facts: Facts) -> Iterable[Finding]:
     """Helper processes that are there and do not work; those that are missing are drift."""
-    judged = [_process(one, helper) for one in seen(facts.status).profiles for helper in one.helpers]
+    judged = [_process(one, helper, facts.state_dir) for one in seen(facts.status).profiles for helper in one.helpers]
     yield from dict.fromkeys(finding for finding in judged if finding is not None)
 
 
-def _process(profile: ProfileStatus, helper: HelperStatus) -> Finding | None:
+def _process(profile: ProfileStatus, helper: HelperStatus, state_dir: Path) -> Finding | None:
     what = f"{profile.owner}: {helper.name}" + (f" (pid {helper.pid})" if helper.pid else "")
     why = f" ({helper.reason})" if helper.reason else ""
-    apply = profile.owner.how_to(f"apply {profile.source}")
+    apply = profile.owner.how_to("apply", profile.source, state_dir=state_dir)
     match helper.state:
         case HelperState.FATAL:
             return problem(f"{what} is not restarted any more{why}", f"read its log, then {apply}")

@@ -6,8 +6,9 @@ import ctypes
 import errno
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from struct import Struct
 
@@ -21,6 +22,7 @@ _INIT = "/proc/1/ns/net"
 _CLONE_NEWNET = 0x40000000
 _SO_NETNS_COOKIE = 71
 _COOKIE = Struct("=q")
+_MAKING = "make a network namespace"
 # The host is short of something, or broken: that says nothing of a namespace, and least that it is gone.
 _UNTELLING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)
 
@@ -75,10 +77,9 @@ def entered(netns: Netns) -> Iterator[None]:
     if netns.identity == _own_identity():
         yield
         return
-    there = _open(netns)
+    there, what = _open(netns), _entering(netns)
     try:
-        with _returning():
-            _enter(there, netns)
+        with _away(what, partial(_go, there, what)):
             yield
     finally:
         os.close(there)
@@ -90,7 +91,7 @@ def enter(netns: Netns) -> None:
         return
     there = _open(netns)
     try:
-        _enter(there, netns)
+        _go(there, _entering(netns))
     finally:
         os.close(there)
 
@@ -108,26 +109,30 @@ def cookie(netns: Netns) -> int:
 @contextmanager
 def scratch() -> Iterator[None]:
     """Run a block in a namespace made for it, which nobody else sees and which ends with it (and its sockets)."""
-    libc = ctypes.CDLL(None, use_errno=True)  # pyroute2 makes named namespaces only; os.unshare came with Python 3.12
-    with _returning():
-        if libc.unshare(_CLONE_NEWNET) != 0:
-            number = ctypes.get_errno()
-            raise PreflightError(
-                "cannot make a network namespace", hint="run as root", cause=f"{errno.errorcode[number]}, unshare"
-            )
+    with _away(_MAKING, _unshare):
         yield
 
 
 @contextmanager
-def _returning() -> Iterator[None]:
-    """Bring this thread back to the namespace in which the block began."""
+def _away(what: str, go: Callable[[], None]) -> Iterator[None]:
+    """Run a block where `go` takes this thread, and bring it back. PreflightError, of `what`, where it could not be."""
     home = os.open(_OWN, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        yield
+        _go(home, what)  # root of a user namespace may go where it may not return from
+        go()
+        try:
+            yield
+        finally:
+            setns(home)
     finally:
-        # By descriptor: given a path, pyroute2 makes a namespace where there is none.
-        setns(home)
         os.close(home)
+
+
+def _unshare() -> None:
+    libc = ctypes.CDLL(None, use_errno=True)  # pyroute2 makes named namespaces only; os.unshare came with Python 3.12
+    if libc.unshare(_CLONE_NEWNET) != 0:
+        cause = f"{errno.errorcode[ctypes.get_errno()]}, unshare"
+        raise PreflightError(f"cannot {_MAKING}", hint="run as root", cause=cause)
 
 
 def _open(netns: Netns) -> int:
@@ -143,7 +148,12 @@ def _open(netns: Netns) -> int:
     return descriptor
 
 
-def _enter(descriptor: int, netns: Netns) -> None:
+def _entering(netns: Netns) -> str:
+    return f"enter network namespace {netns}"
+
+
+def _go(descriptor: int, what: str) -> None:
+    """By descriptor: given a path, pyroute2 makes a namespace where there is none."""
     try:
         setns(descriptor)
     except OSError as error:
@@ -152,7 +162,7 @@ def _enter(descriptor: int, netns: Netns) -> None:
         number = error.errno or 0
         hint = "it is a namespace of another kind" if number == errno.EINVAL else "run as root"
         cause = f"{errno.errorcode.get(number, number)}, setns"
-        raise PreflightError(f"cannot enter network namespace {netns}", hint=hint, cause=cause) from error
+        raise PreflightError(f"cannot {what}", hint=hint, cause=cause) from error
 
 
 def _missing(name: str, path: Path) -> PreflightError:

@@ -29,6 +29,7 @@ from orchestrator.supervise import supervisor as background
 from orchestrator.supervise.errands import Errands
 from orchestrator.supervise.lifecycle import Life, State
 from orchestrator.supervise.notify import Manager
+from orchestrator.supervise.reactor import Timer
 from orchestrator.supervise.service import Command, Service, Wish
 from orchestrator.supervise.supervisor import STATE_FILE, Supervisor
 
@@ -58,6 +59,7 @@ class Foreground:
         self._is_journal = "JOURNAL_STREAM" in environment
         self._service = Service()
         self._child = 0
+        self._again: Timer | None = None
         supervisor.is_kept = True
         supervisor.extra["service"] = True
         supervisor.on_signal = self._signalled
@@ -95,22 +97,33 @@ class Foreground:
             self._manager.stopping(self._status())
             if self._service.running is Command.APPLY:
                 os.kill(self._child, signal.SIGTERM)  # it takes back what it has begun
-        self._start(self._service.wish(wish))
+        self._start(self._service.wish(wish, time.monotonic()))
 
     def _ended(self, exit_code: int) -> None:
         self._child = 0
-        following = self._service.ended(exit_code)
+        following = self._service.ended(exit_code, time.monotonic())
+        pause_s = self._service.pause_s
         if self._service.trouble:
-            self._print("", self._service.trouble, _ERROR)
+            again = f": again in {pause_s:g} s" if pause_s else ""
+            self._print("", f"{self._service.trouble}{again}", _ERROR)
+        if pause_s:
+            self._again = self._supervisor.at(time.monotonic() + pause_s, self._try_again)
         if self._service.is_over:
             self._supervisor.end()
+        elif self._service.is_ending:
+            self._manager.status(self._status())
         elif following is None:
             self._manager.ready(self._status())
         self._start(following)
 
+    def _try_again(self) -> None:
+        self._start(self._service.again())
+
     def _start(self, command: Command | None) -> None:
         if command is None:
             return
+        if self._again:
+            self._again.cancel()
         if command is Command.APPLY and self._service.is_serving:
             self._manager.reloading(self._status())
         argv = self._contract["apply"] if command is Command.APPLY else self._contract["teardown"]

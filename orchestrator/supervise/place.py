@@ -16,6 +16,7 @@ from typing import Protocol
 
 from orchestrator.supervise import inotify, traces
 from orchestrator.supervise.errands import Errands, orch
+from orchestrator.supervise.pauses import Pauses
 from orchestrator.supervise.reactor import Tell
 
 VARIABLE = "ORCH_NETNS_PATH"
@@ -138,7 +139,7 @@ class Release:
         self._supervisor = supervisor
         self._errands = errands
         self._command = orch("teardown", profile, "--yes", state_dir=state_dir)
-        self._pause_s = _AGAIN_S
+        self._pauses = Pauses(_AGAIN_S, _AGAIN_MAX_S)
 
     def begin(self) -> None:
         self._supervisor.say("its network namespace was deleted: tearing down", _WARNING)
@@ -153,9 +154,9 @@ class Release:
     def _ended(self, code: int) -> None:
         if code == 0:
             return
-        self._supervisor.say(f"teardown failed with exit code {code}: again in {self._pause_s:g} s", _ERROR)
-        self._supervisor.at(time.monotonic() + self._pause_s, self._start)
-        self._pause_s = min(2 * self._pause_s, _AGAIN_MAX_S)
+        pause_s = self._pauses.take()
+        self._supervisor.say(f"teardown failed with exit code {code}: again in {pause_s:g} s", _ERROR)
+        self._supervisor.at(time.monotonic() + pause_s, self._start)
 
 
 def watch(reactor: Reactor, environment: Mapping[str, str], given_up: Callback) -> None:

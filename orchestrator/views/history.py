@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from orchestrator.confirm import History, Rollback, Verdict
 from orchestrator.state import Applied, Owner, Past, Pending
+from orchestrator.typed import how_to
 from orchestrator.views import machine
 
 _NOW = "  <- applied now"
+_NAMED = 8  # of thousands of helpers
 
 
-def text(histories: tuple[History, ...]) -> str:
+def text(histories: tuple[History, ...], wanted: str = "") -> str:
     if not histories:
-        return "Nothing was applied.\n"
+        return f"Profile {wanted} was not applied.\n" if wanted else "Nothing was applied.\n"
     return "".join(f"{line}\n" for history in histories for line in _lines(history))
 
 
@@ -24,10 +27,15 @@ def _lines(history: History) -> Iterator[str]:
     yield f"{history.owner}{waits}"
     width = max((len(past.command) for past in history.past), default=0)
     for number, past in enumerate(history.past, 1):
-        helpers = ", ".join(helper.name for helper in past.applied.helpers)
+        helpers = _some([helper.name for helper in past.applied.helpers])
         now = _NOW if number - 1 == history.current else ""
         time_text, source = say_time(past.applied.applied_at), past.applied.source
         yield f"  {number:2}  {time_text}  {past.command.ljust(width)}  {source} ({helpers}){now}"
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def value(histories: tuple[History, ...]) -> list[dict[str, Any]]:
@@ -69,12 +77,13 @@ def verdict_text(pending: Pending, verdict: Verdict) -> str:
     return f"Not confirmed, and rolled back: {_is_now(pending.owner, pending.prior)}.\n"
 
 
-def pending_value(pending: Pending, left_s: float) -> dict[str, Any]:
-    return {"within_s": pending.within_s, "seconds_left": round(left_s, 1), "confirm": confirm_command(pending)}
+def pending_value(pending: Pending, left_s: float, state_dir: Path) -> dict[str, Any]:
+    command = confirm_command(pending, state_dir)
+    return {"within_s": pending.within_s, "seconds_left": round(left_s, 1), "confirm": command}
 
 
-def confirm_command(pending: Pending) -> str:
-    return f"orch confirm {pending.owner.profile}"
+def confirm_command(pending: Pending, state_dir: Path) -> str:
+    return how_to("confirm", pending.owner.profile, state_dir=state_dir)
 
 
 def say_time(seconds: float) -> str:

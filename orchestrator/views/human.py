@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from orchestrator.errors import OrchError, Problem, ProfileError, RollbackError
 from orchestrator.execute import Outcome
+from orchestrator.model import Rules
 from orchestrator.reports import (
     RELATED_RULE,
     Difference,
@@ -14,7 +15,7 @@ from orchestrator.reports import (
     Report,
     TeardownReport,
 )
-from orchestrator.state import Action, Change, Plan, Scope, describe
+from orchestrator.state import Action, Change, LoadRules, Plan, Scope, describe
 
 SYMBOLS = {Action.CREATE: "+", Action.UPDATE: "~", Action.REPLACE: "-/+", Action.DELETE: "-"}
 _COLOURS = {"+": 32, "~": 33, "-/+": 35, "-": 31, "error": 31, "warning": 33, "ok": 32}
@@ -76,6 +77,16 @@ def difference_text(difference: Difference, paint: Paint, *, is_full: bool) -> s
     elif changed and difference.loaded_documents != difference.wanted_documents:
         text += "--full shows the text of the rules.\n"
     return plan_text(difference.plan, difference.source, paint, text)
+
+
+def rules_text(plan: Plan, paint: Paint) -> str:
+    """What a plan changes in the text of the rules; empty if it loads none."""
+    loads = (step for step in plan.steps if isinstance(step, LoadRules))
+    return "".join(unified(_text(step.before), _text(step.after), "loaded", "profile", paint) for step in loads)
+
+
+def _text(rules: Rules | None) -> str:
+    return "\n".join(document.text for document in rules.documents) if rules else ""
 
 
 def unified(before: str, after: str, before_name: str, after_name: str, paint: Paint) -> str:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from orchestrator.status import HelperState, HelperStatus, HostStatus, ProfileStatus, Waiting
+from orchestrator.typed import DEFAULT_STATE, how_to
 from orchestrator.views.human import Paint, duration_text
 
 _INDENT = "    "
 _GAP = "  "
 _NOTHING = "-"
+_LAST = "LAST ERROR"
 _ERROR_WIDTH = 20  # what a table of limited width leaves of a longer message, at least
 _COLOURS = {
     HelperState.RUNNING: "ok",
@@ -39,6 +42,7 @@ def text(
     wanted: str = "",
     width: int | None = None,
     is_verbose: bool = False,
+    state_dir: Path = DEFAULT_STATE,
 ) -> str:
     """The whole status at `now_s` of the wall clock; a table wider than `width` loses columns, and is never wrapped."""
     if not (status.profiles or status.unknown or status.unsettled or status.working):
@@ -46,7 +50,7 @@ def text(
     table = _Table([helper for profile in status.profiles for helper in profile.helpers], now_s, width)
     lines: list[str] = []
     for profile in status.profiles:
-        lines += _profile_lines(profile, table, paint, is_verbose=is_verbose)
+        lines += _profile_lines(profile, table, paint, is_verbose=is_verbose, state_dir=state_dir)
     mark = paint("!", "warning")
     lines += [
         f"{mark} {o} has rules or processes, and the ledger does not know it: apply or tear it down"
@@ -57,7 +61,9 @@ def text(
     return "\n".join(lines) + "\n"
 
 
-def _profile_lines(profile: ProfileStatus, table: _Table, paint: Paint, *, is_verbose: bool) -> Iterable[str]:
+def _profile_lines(
+    profile: ProfileStatus, table: _Table, paint: Paint, *, is_verbose: bool, state_dir: Path
+) -> Iterable[str]:
     is_well = all(helper.state.is_well for helper in profile.helpers)
     mark = paint("*", "ok") if is_well and not profile.drift else paint("!", "warning")
     state = "drifted" if profile.drift else "as applied" if is_well else "as applied, but a helper does not work"
@@ -68,20 +74,21 @@ def _profile_lines(profile: ProfileStatus, table: _Table, paint: Paint, *, is_ve
         yield table.row(helper, paint)
         yield from (f"{_INDENT}{_INDENT}{line}" for line in _detail_lines(helper, is_verbose=is_verbose))
     if profile.trial:
-        yield f"{_INDENT}{paint('trial:', 'warning')} {_trial_text(profile.owner.profile, profile.trial)}"
+        yield f"{_INDENT}{paint('trial:', 'warning')} {_trial_text(profile.owner.profile, profile.trial, state_dir)}"
     for line in profile.drift:
         yield f"{_INDENT}{paint('drift:', 'warning')} {line}"
     if profile.mending:
         yield f"{_INDENT}{paint('not mended:', 'error')} {profile.mending}"
 
 
-def _trial_text(profile: str, trial: Waiting) -> str:
+def _trial_text(profile: str, trial: Waiting, state_dir: Path) -> str:
+    confirm, rollback = (how_to(command, profile, state_dir=state_dir) for command in ("confirm", "rollback"))
     if trial.is_overdue:
-        return f"not confirmed in time, and not undone yet: orch rollback {profile}"
+        return f"not confirmed in time, and not undone yet: {rollback}"
     left = duration_text(trial.left_s)
     if not trial.is_watched:
-        return f"{left} to confirm it, but nobody is there who would undo it then: orch rollback {profile}"
-    return f"undone in {left}, unless confirmed: orch confirm {profile}"
+        return f"{left} to confirm it, but nobody is there who would undo it then: {rollback}"
+    return f"undone in {left}, unless confirmed: {confirm}"
 
 
 def _detail_lines(helper: HelperStatus, *, is_verbose: bool) -> Iterable[str]:
@@ -129,13 +136,14 @@ class _Table:
         # Name and state matter more than the room for a message.
         while len(self._columns) > 1 and self._used() + (wanted if len(self._columns) > 2 else 0) > width:
             self._columns.remove(min(self._columns, key=lambda column: column.keep))
-        self._room = max(0, width - self._used())
+        room = max(0, width - self._used())
+        self._room = room if errors or room >= len(_LAST) else 0
 
     def _used(self) -> int:
         return len(_INDENT) + sum(self._widths[column.title] + len(_GAP) for column in self._columns)
 
     def heading(self) -> str:
-        return self._line([self._fit(column, column.title) for column in self._columns], "LAST ERROR")
+        return self._line([self._fit(column, column.title) for column in self._columns], _LAST)
 
     def row(self, helper: HelperStatus, paint: Paint) -> str:
         cells = {c.title: self._fit(c, c.value(helper, self._now_s)) for c in self._columns}

@@ -139,7 +139,7 @@ def test_without_systemd_it_says_what_to_do_instead(routed: None, tmp_path: Path
         done = cli_here("enable", str(file), "--netns", ROUTER, "--unit-dir", str(tmp_path), state=tmp_path)
         line = done.stderr.strip().splitlines()[-1]
         assert done.returncode == 1
-        assert line.endswith(f"orch apply {file} --netns {ROUTER}")
+        assert line.endswith(f"orch apply {file} --netns {ROUTER} --confirm-within 0")
         assert not list(tmp_path.glob("orch*"))
     finally:
         file.unlink()

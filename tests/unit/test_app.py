@@ -340,7 +340,8 @@ def test_what_is_left_of_a_deleted_namespace_goes_by_its_name(orch: Harness, ker
         kernel.kill(pid)
     del kernel.namespaces["blue"]
     (drift,) = orch.status("own").profiles[0].drift
-    assert drift == "netns blue: it is gone; orch teardown own --netns blue takes away what is left of it"
+    remedy = f"orch teardown own --netns blue --state-dir {orch.state_dir}"
+    assert drift == f"netns blue: it is gone; {remedy} takes away what is left of it"
     orch.teardown("own", "blue")
     assert [str(p.owner) for p in orch.status().profiles] == ["profile ftp in netns red"]
     with pytest.raises(PreflightError, match="blue"):
@@ -357,7 +358,8 @@ def test_a_namespace_made_anew_under_its_name_is_another(orch: Harness, kernel: 
         kernel.kill(pid)
     kernel.namespaces["blue"] = FakeNetns(blue)
     (status,) = orch.status().profiles
-    assert status.drift == ("netns blue: it is gone; orch teardown ftp --netns blue takes away what is left of it",)
+    remedy = f"orch teardown ftp --netns blue --state-dir {orch.state_dir}"
+    assert status.drift == (f"netns blue: it is gone; {remedy} takes away what is left of it",)
     assert not orch.apply(FTP, "blue").plan.is_empty
     assert orch.warnings == ["netns blue is gone, and profile ftp with it"]
     assert orch.apply(FTP, "blue").plan.is_empty
@@ -755,9 +757,8 @@ def test_a_gone_namespace_is_told_and_released(orch: Harness, kernel: FakeKernel
     kernel.add_netns("blue")
     orch.apply(FTP, "blue")
     kernel.gone.append(kernel.namespaces.pop("blue"))
-    assert orch.status().profiles[0].drift == (
-        "netns blue: it is gone; orch teardown ftp --netns blue takes away what is left of it",
-    )
+    remedy = f"orch teardown ftp --netns blue --state-dir {orch.state_dir}"
+    assert orch.status().profiles[0].drift == (f"netns blue: it is gone; {remedy} takes away what is left of it",)
     orch.teardown(every_netns=True)
     assert not kernel.running_processes
     assert not kernel.registrations

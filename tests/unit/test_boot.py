@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 
 from orchestrator import boot, cli
 from orchestrator.errors import OrchError, RefusedError, UsageError
+from orchestrator.kernel import machine
+from orchestrator.supervise.service import END_WITHIN_S
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "boot"
@@ -57,6 +59,15 @@ def test_the_shipped_units_are_the_same_for_any_profile() -> None:
         if os.environ.get("ORCH_UPDATE_GOLDEN"):
             file.write_text(text)
         assert file.read_text() == text
+
+
+def test_a_start_is_tried_again_for_as_long_as_it_fails_and_a_stop_is_not_cut_short() -> None:
+    """Another profile may be on trial for an hour; what starts it without a pause (a path) is still limited."""
+    text = boot.render("orch.service", boot.SHIPPED)
+    told = dict(line.split("=", 1) for line in text.splitlines() if "=" in line and not line.startswith("#"))
+    assert told["StartLimitIntervalSec"] == told["TimeoutStopSec"] == "2min"
+    assert 120 / int(told["RestartSec"]) < int(told["StartLimitBurst"])
+    assert END_WITHIN_S <= 120 - 30, "the last attempt takes time, too"
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -118,7 +129,10 @@ def profile(tmp_path: Path) -> Path:
     return file
 
 
-def test_a_dry_run_prints_the_files(profile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_prints_the_files(
+    profile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(boot, "UNSEEN", ())
     assert cli.run(["enable", str(profile), "--netns", "blue", "--dry-run", "--unit-dir", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     for name in boot.names("ftp", "blue"):
@@ -127,10 +141,26 @@ def test_a_dry_run_prints_the_files(profile: Path, tmp_path: Path, capsys: pytes
     assert sorted(tmp_path.iterdir()) == [profile]
 
 
-def test_what_a_service_does_not_see_is_refused(profile: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+def test_what_a_service_does_not_see_is_refused(
+    profile: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
     assert profile.is_relative_to("/tmp")
-    assert cli.run(["enable", str(profile)]) == 1
-    assert f"a service does not see {profile}" in capsys.readouterr().err
+    assert cli.run(["enable", str(profile), *options]) == 1
+    said = capsys.readouterr()
+    assert (said.out, f"a service does not see {profile}" in said.err) == ("", True)
+
+
+def test_without_systemd_it_says_what_a_boot_script_applies_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The profile may say that an apply has to be confirmed."""
+    monkeypatch.setattr(machine, "has_systemd", lambda: False)
+    monkeypatch.setattr(boot, "UNSEEN", ())
+    file = tmp_path / "ftp.yaml"
+    file.write_text("profile: ftp\nconfirm_within_s: 60\nhelpers: {ftp: {engine: kernel}}\n")
+    assert cli.run(["enable", str(file), "--netns", "blue", "--unit-dir", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.endswith(f": orch apply {file} --netns blue --confirm-within 0\n")
 
 
 def test_standard_input_is_no_profile_of_a_boot(capsys: pytest.CaptureFixture[str]) -> None:

@@ -212,8 +212,78 @@ def test_output_for_which_there_is_no_room_is_a_failure(orch: Terminal, command:
     with Path("/dev/full").open("w") as full:
         code, err = _run(file, *command.split(), stdout=full.fileno(), is_buffered=is_buffered)
     assert code == ExitCode.FAILED
-    assert err.startswith("error: No space left on device\n")
-    assert ("Traceback" in err, err.count("error: ")) == (False, 1)
+    assert err == (
+        "error: cannot write the result: No space left on device\n  where: standard output\n  cause: ENOSPC, write\n"
+    )
+
+
+_FAKED = """
+import sys
+from orchestrator import app, cli
+from orchestrator.fake import FakeKernel
+
+kernel = FakeKernel()
+app.kernel_system = lambda _state: kernel.system()
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("options", ["", "--json"])
+@pytest.mark.parametrize("is_buffered", [True, False])
+def test_work_that_was_done_is_no_failure_where_there_is_no_room_to_tell(
+    orch: Terminal, options: str, *, is_buffered: bool
+) -> None:
+    """1 would say that the system is as before."""
+    argv = [sys.executable, "-c", _FAKED, "apply", orch.profile(), *options.split()]
+    variables = {**os.environ, "PYTHONUNBUFFERED": "" if is_buffered else "1"}
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=variables)
+    assert done.returncode == ExitCode.OK
+    assert done.stderr[done.stderr.index("error: ") :] == (
+        "error: cannot write the result: No space left on device\n"
+        "  where: standard output\n"
+        "  hint:  the work was done: Applied: 4 added, 0 changed, 0 replaced, 0 removed. Verified.\n"
+        "  cause: ENOSPC, write\n"
+    )
+
+
+@pytest.mark.parametrize("options, is_shown", [(["--full"], True), ([], False)])
+def test_full_shows_the_rules_with_the_question(
+    orch: Terminal, monkeypatch: pytest.MonkeyPatch, options: list[str], *, is_shown: bool
+) -> None:
+    terminal = io.StringIO("no\n")
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stdin", terminal)
+    code, _, err = orch("apply", "--ask", *options, orch.profile())
+    assert code == ExitCode.DECLINED
+    assert ("+++ profile" in err, err.index("Plan: 4 to add") > err.find("+++ profile")) == (is_shown, True)
+
+
+def test_all_namespaces_and_one_is_a_contradiction(orch: Terminal) -> None:
+    orch.kernel.add_netns("blue")
+    orch("apply", orch.profile())
+    before = orch.kernel.dump_text()
+    code, out, err = orch("teardown", "--all", "--netns", "blue")
+    assert (code, out, err) == (ExitCode.USAGE, "", "error: --all and --netns exclude each other\n")
+    assert orch.kernel.dump_text() == before
+
+
+def test_the_history_of_what_was_not_applied(orch: Terminal) -> None:
+    assert orch("history", "nosuch")[:2] == (0, "Profile nosuch was not applied.\n")
+    assert orch("history")[:2] == (0, "Nothing was applied.\n")
+    orch("apply", orch.profile())
+    assert orch("history", "nosuch")[:2] == (0, "Profile nosuch was not applied.\n")
+
+
+@pytest.mark.parametrize("option", ["--color=never", "--json"])
+def test_a_look_of_which_nobody_reads_is_as_good(orch: Terminal, monkeypatch: pytest.MonkeyPatch, option: str) -> None:
+    orch("apply", orch.profile())
+    orch.kernel.namespaces[""].rules.clear()
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb", buffering=0) as written, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", io.TextIOWrapper(written, write_through=True))
+        assert cli.run(["watch", "--once", "--dry-run", option]) == ExitCode.DIFFERS
 
 
 def test_no_command_shows_the_help_once(orch: Terminal) -> None:
@@ -316,6 +386,49 @@ def test_only_yes_is_yes(orch: Terminal, monkeypatch: pytest.MonkeyPatch, answer
     assert got == code
     assert 'Only "yes" is accepted: ' in err
     assert bool(orch.kernel.registrations) is (code == 0)
+
+
+_SIGNALLED = """
+import atexit, os, signal, sys
+from orchestrator import app, cli
+from orchestrator.fake import FakeKernel
+
+class Output:
+    def write(self, text):
+        os.kill(os.getpid(), int(number))
+        return len(text)
+
+    def flush(self):
+        os.kill(os.getpid(), int(number))
+
+    def isatty(self):
+        return False
+
+number = sys.argv.pop(1)
+kernel = FakeKernel()
+app.kernel_system = lambda _state: kernel.system()
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.stdout = Output()
+atexit.register(os.kill, os.getpid(), int(number))
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("words, code", [("apply {}", 0), ("teardown", 0), ("confirm", 1), ("watch --once", 0)])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_after_the_work_was_done_changes_nothing(
+    orch: Terminal, number: signal.Signals, words: str, code: int
+) -> None:
+    """Not while the result is told either, nor while the interpreter ends: 130 would say that it was undone."""
+    argv = [sys.executable, "-c", _SIGNALLED, str(int(number)), *words.format(orch.profile()).split()]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stderr
+
+
+def test_one_that_runs_a_command_in_its_own_process_keeps_its_signals(orch: Terminal) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    assert orch("apply", orch.profile())[0] == 0
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

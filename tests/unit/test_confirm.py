@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import math
+import os
 import re
+import signal
 import sqlite3
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -19,15 +23,26 @@ from hypothesis import strategies as st
 
 from orchestrator import confirm
 from orchestrator.app import App
-from orchestrator.commands.confirm import new_trial
+from orchestrator.commands.confirm import ask, new_trial
 from orchestrator.confirm import Verdict
-from orchestrator.errors import KernelError, OrchError, ProfileError, RefusedError, RollbackError, UsageError
-from orchestrator.fake import FakeHost, FakeKernel
+from orchestrator.errors import (
+    Interrupted,
+    KernelError,
+    OrchError,
+    OutputError,
+    ProfileError,
+    RefusedError,
+    RollbackError,
+    UsageError,
+)
+from orchestrator.fake import FakeClock, FakeHost, FakeKernel
 from orchestrator.journal import Ledger
 from orchestrator.model import Netns
 from orchestrator.reports import Report, Trial
 from orchestrator.serial import from_json, to_json
-from orchestrator.state import Pending
+from orchestrator.session import ExitCode, Session
+from orchestrator.state import Owner, Pending
+from orchestrator.typed import DEFAULT_STATE
 from orchestrator.views import history as view
 from orchestrator.views import status as status_view
 from orchestrator.views.human import Paint
@@ -407,7 +422,8 @@ def test_one_that_cannot_be_undone_is_in_the_way_of_its_own_profile_alone(orch: 
     orch.teardown("other")
     with pytest.raises(RefusedError, match="was not confirmed, and could not be undone") as caught:
         orch.apply(FTP)
-    assert caught.value.hint == "orch teardown ftp takes it away, orch confirm ftp keeps what there is"
+    where = f"--state-dir {orch.state_dir}"
+    assert caught.value.hint == f"orch teardown ftp {where} takes it away, orch confirm ftp {where} keeps what there is"
     confirm.confirm(orch.app(), "ftp")
     assert (pending(orch), orch.status().is_right) == ((), True)
 
@@ -622,7 +638,7 @@ def test_the_log_of_a_watchdog_that_tries_for_days_is_bounded(orch: Harness, ker
 @pytest.mark.parametrize(
     "left_s, is_watched, told",
     [
-        (41.5, True, "undone in 41 s, unless confirmed: orch confirm ftp"),
+        (41.5, True, "undone in 41 s, unless confirmed: orch confirm ftp\n"),
         (41.5, False, "nobody is there who would undo it then"),
         (-1.0, True, "not confirmed in time, and not undone yet: orch rollback ftp"),
     ],
@@ -643,10 +659,150 @@ def test_status_tells_what_waits(
     assert told in status_view.text(status, Paint(is_on=False), now_s=0.0)
 
 
+def test_a_diff_tells_that_nothing_else_can_be_applied(orch: Harness) -> None:
+    try_out(orch, FTP)
+    orch.diff(OTHER)
+    assert orch.warnings == [
+        "profile ftp in netns host waits for its confirmation: until then nothing else can be applied"
+    ]
+
+
+def test_what_is_to_be_typed_is_quoted() -> None:
+    owner = Owner("ftp", Netns("a place", "/run/netns/a place", "4:1"))
+    typed = owner.how_to("apply", "my profile.yaml", state_dir=DEFAULT_STATE)
+    assert typed == "orch apply 'my profile.yaml' --netns 'a place'"
+
+
+def test_what_is_to_be_typed_names_the_state_directory(orch: Harness, kernel: FakeKernel) -> None:
+    """As a shell takes it; without it the command would say that nothing waits."""
+    orch.state_dir = orch.state_dir.with_name("a state")
+    typed = f"--state-dir '{orch.state_dir}'"
+    waits = try_out(orch, FTP).pending
+    assert waits is not None
+    assert view.confirm_command(waits, orch.state_dir) == f"orch confirm ftp {typed}"
+    assert view.confirm_command(waits, DEFAULT_STATE) == "orch confirm ftp"
+    with pytest.raises(RefusedError, match="waits for its confirmation") as caught:
+        orch.apply(FTP)
+    assert caught.value.hint == f"orch confirm ftp {typed}, or orch rollback ftp {typed}"
+    shown = status_view.text(orch.status(), Paint(is_on=False), now_s=0.0, state_dir=orch.state_dir)
+    assert f"nobody is there who would undo it then: orch rollback ftp {typed}\n" in shown
+
+
 def test_a_new_boot_knows_of_nothing_that_waits(orch: Harness) -> None:
     try_out(orch, FTP)
     with closing(Ledger.open(orch.state_dir, boot_id="boot-2", create=True)) as ledger:
         assert (ledger.pending(), ledger.remembered()) == ((), ())
+
+
+# -- the question ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Sitting:
+    """Somebody at a terminal who tries something out; `typing` is where the keys go."""
+
+    orch: Harness
+    kernel: FakeKernel
+    typing: int
+
+    def answer(self, keys: bytes, *, at_work_s: float = 0.0, on_sleep: Callable[[], None] = lambda: None) -> int:
+        """The exit code of the apply that is answered so while another orch is at work for so long."""
+        desired, target = both(OTHER)
+        app = self.orch.app()
+        report = app.apply(desired, target, ask=False, trial=Trial(WITHIN_S, lambda: None))
+        assert report.pending
+        os.write(self.typing, keys)
+        with (self.orch.state_dir / "lock").open("a+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX if at_work_s else fcntl.LOCK_UN)
+            until_s = self.kernel.now + at_work_s
+
+            def slept() -> None:
+                on_sleep()
+                if self.kernel.now >= until_s:
+                    fcntl.flock(lock, fcntl.LOCK_UN)
+
+            app = replace(app, system=replace(app.system, clock=FakeClock(self.kernel, slept)))
+            session = Session("apply", has_worked=True)
+            try:
+                return ask(session, app, report, report.pending, is_asked=True)
+            except OutputError as error:
+                return error.exit_code
+
+
+@pytest.fixture
+def sitting(orch: Harness, kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sitting]:
+    orch.apply(FTP)
+    typing, terminal = os.openpty()
+    with os.fdopen(terminal) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        yield Sitting(orch, kernel, typing)
+    os.close(typing)
+
+
+def broken_pipe() -> int:
+    reading, writing = os.pipe()
+    os.close(reading)
+    return writing
+
+
+def full_disk() -> int:
+    return os.open("/dev/full", os.O_WRONLY)
+
+
+@pytest.mark.parametrize("keys, code", [(b"yes\n", ExitCode.OK), (b"no\n", ExitCode.DECLINED)])
+@pytest.mark.parametrize("opened", [broken_pipe, full_disk])
+def test_who_has_nobody_to_read_standard_output_is_asked_all_the_same(
+    sitting: Sitting,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    opened: Callable[[], int],
+    keys: bytes,
+    code: int,
+) -> None:
+    stdout = os.fdopen(opened(), "w")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert sitting.answer(keys) == code
+    assert "Keep the changes?" in capsys.readouterr().err
+    assert not pending(sitting.orch)
+    with pytest.raises(OSError, match=r"Broken pipe|No space left"):
+        stdout.close()  # what `main` looks at
+
+
+def test_who_cannot_read_the_question_may_answer_it(sitting: Sitting, monkeypatch: pytest.MonkeyPatch) -> None:
+    stderr = os.fdopen(broken_pipe(), "w")
+    monkeypatch.setattr(sys, "stderr", stderr)
+    assert sitting.answer(b"yes\n") == ExitCode.OK
+    assert not pending(sitting.orch)
+    with pytest.raises(BrokenPipeError):
+        stderr.close()
+
+
+def test_a_yes_waits_for_whoever_is_at_work(sitting: Sitting) -> None:
+    assert sitting.answer(b"yes\n", at_work_s=WITHIN_S - 1) == ExitCode.OK
+    assert not pending(sitting.orch)
+    assert sitting.orch.diff(OTHER).plan.is_empty
+
+
+def test_a_yes_that_whoever_is_at_work_keeps_waiting_until_the_deadline_is_none(
+    sitting: Sitting, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sitting.answer(b"yes\n", at_work_s=WITHIN_S + 1) == ExitCode.DECLINED
+    assert "not confirmed in time: undoing it\n" in capsys.readouterr().err
+    assert not pending(sitting.orch)
+    assert sitting.orch.diff(FTP).plan.is_empty
+
+
+def test_a_signal_while_a_yes_waits_says_that_it_is_not_confirmed(
+    sitting: Sitting, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt() -> None:
+        sitting.orch.signal_number = signal.SIGTERM
+
+    with pytest.raises(Interrupted):
+        sitting.answer(b"yes\n", at_work_s=1, on_sleep=interrupt)
+    command = f"orch confirm ftp --state-dir {sitting.orch.state_dir}"
+    assert capsys.readouterr().err.endswith(f": not confirmed yet: {command}, or it is undone in time\n")
+    assert pending(sitting.orch)
 
 
 # -- history -----------------------------------------------------------------------------------------------------------
@@ -758,6 +914,15 @@ def test_the_text_and_the_value_of_a_history(orch: Harness, monkeypatch: pytest.
         (1, "rollback", True, ["ftp"]),
         (2, "apply", False, ["ftp", "tftp"]),
     ]
+
+
+def test_a_line_names_some_of_many_helpers(orch: Harness) -> None:
+    helpers = "".join(f"  t{n}: {{use: tftp, engine: conntrackd, attach: [{{ports: [{n}]}}]}}\n" for n in range(10, 20))
+    orch.apply(f"profile: many\nhelpers:\n{helpers}")
+    assert (
+        lines(orch)[1].partition("test.yaml ")[2]
+        == "(t10, t11, t12, t13, t14, t15, t16, t17 and 2 more)  <- applied now"
+    )
 
 
 # -- the key of the profile, and the option ----------------------------------------------------------------------------

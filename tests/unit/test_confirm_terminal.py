@@ -229,12 +229,12 @@ def test_without_a_terminal_the_command_to_run_is_told(host: Host) -> None:
     done = host.try_out()
     assert (done.returncode, done.stdout.splitlines()[-1].partition(", unless")[2]) == (
         0,
-        " confirmed: orch confirm trial",
+        f" confirmed: orch confirm trial --state-dir {host.state}",
     )
     assert "trial: undone in" in host.orch("status").stdout
     refused = host.orch("apply", host.first)
     assert (refused.returncode, "waits for its confirmation" in refused.stderr) == (1, True)
-    assert "orch confirm trial" in refused.stderr
+    assert f"orch confirm trial --state-dir {host.state}, or " in refused.stderr
     pass_time(host.state)
     wait_for(lambda: not waiting(host.state))
     assert host.rules() == before
@@ -249,7 +249,10 @@ def test_a_service_does_not_wait(host: Host, tmp_path: Path) -> None:
     assert waiting(host.state) == ()
     assert host.orch("apply", host.first).returncode == 0
     result = json.loads(host.orch("apply", str(profile), "--json").stdout.splitlines()[-1])
-    assert (result["pending"]["within_s"], result["pending"]["confirm"]) == (60, "orch confirm trial")
+    assert (result["pending"]["within_s"], result["pending"]["confirm"]) == (
+        60,
+        f"orch confirm trial --state-dir {host.state}",
+    )
 
 
 def test_where_nothing_was_applied_nothing_is_left(host: Host) -> None:

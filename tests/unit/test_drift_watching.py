@@ -469,7 +469,10 @@ def test_watch_mends_what_nf_tables_tells_of_says_who_did_it_and_never_fights(ne
             assert inside(netns, "nft", "list", "table", "inet", "orch-ftp") == table
         inside(netns, "nft", "add table inet other; add chain inet other c")  # is nobody's concern
         inside(netns, "nft", "delete table inet orch-ftp")
-        assert "not mended any more" in watch.line_with("ERROR")
+        loud = watch.line_with("error: ")
+        assert loud.startswith(
+            f"error: profile ftp in netns {netns}: not mended any more: inet orch-ftp was mended 2 times"
+        )
         assert "inet orch-ftp was mended 2 times" in json.loads(watch.line_with('"given up"'))["reason"]
         status = run_orch(state, "status")
         assert status.returncode == 2

@@ -293,6 +293,7 @@ def test_golden(host: Host, capsys: pytest.CaptureFixture[str], name: str) -> No
     prepare(host)
     code = cli.run(["explain", *words.split(), "--netns", "blue"])
     text, errors = capsys.readouterr()
+    text = text.replace(str(host.orch.state_dir), "STATE")
     assert (code, errors) == (0 if reason is Reason.HELPED else 2, "")
     cli.run(["explain", *words.split(), "--netns", "blue", "--json"])
     said = json.loads(capsys.readouterr().out)["explanation"]

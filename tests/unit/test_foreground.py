@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -54,8 +55,9 @@ class Running:
 
     def hear(self) -> dict[str, str]:
         """The next message to the manager that is not a sign of life."""
+        started = time.monotonic()
         while (message := self.manager.recv(4096).decode()) == "WATCHDOG=1":
-            pass
+            assert time.monotonic() < started + WITHIN_S, "signs of life alone"
         return dict(line.split("=", 1) for line in message.splitlines())
 
     def end(self) -> tuple[int, str]:
@@ -144,6 +146,35 @@ def test_a_later_one_that_fails_is_told(tmp_path: Path) -> None:
         }
         running.process.send_signal(signal.SIGINT)
         assert running.end()[0] == 0
+
+
+def failing_at(runs: str, directory: Path) -> str:
+    """A command that is refused in some of its runs, by their numbers."""
+    count = shlex.quote(str(directory / "count"))
+    return f"echo run >> {count}; case $(wc -l < {count}) in {runs}) exit 1;; esac; echo done"
+
+
+def test_a_later_one_that_fails_is_tried_again(tmp_path: Path) -> None:
+    with started(tmp_path, apply=failing_at("2|3", tmp_path)) as running:
+        assert running.hear()["READY"] == "1"
+        running.process.send_signal(signal.SIGHUP)
+        heard = [running.hear() for _ in range(6)]
+        assert ["RELOADING" in message for message in heard] == [True, False] * 3
+        assert heard[-1] == {"READY": "1", "STATUS": "profile ftp: no processes"}
+        running.process.terminate()
+        code, said = running.end()
+        assert code == 0
+        trouble = "apply failed with exit code 1: again in"
+        assert said.splitlines() == ["done", f"{trouble} 1 s", f"{trouble} 2 s", "done", "torn down"]
+
+
+def test_a_teardown_that_is_refused_is_tried_again(tmp_path: Path) -> None:
+    with started(tmp_path, teardown=failing_at("1", tmp_path)) as running:
+        running.hear()
+        running.process.terminate()
+        assert running.hear()["STOPPING"] == "1"
+        assert "READY" not in running.hear()
+        assert running.end() == (0, "applied\nteardown failed with exit code 1: again in 1 s\ndone\n")
 
 
 def test_what_the_teardown_says_is_how_it_ends(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "orchestrator"
 
 # What each layer may import from the project, besides itself; the lists are short on purpose.
 BASE = {"orchestrator", "errors", "model"}
-PURE = BASE | {"ports", "state", "catalogue", "overlap", "launches", "release", "serial"}
+PURE = BASE | {"ports", "state", "catalogue", "overlap", "launches", "release", "serial", "typed"}
 PROFILE = BASE | {"catalogue", "document", "overlap", "yamltext"}
 PROFILE |= {"profile_schema", "resolve", "choose", "attach", "queues"}
 PLAN = PURE | {"plan_registrations", "plan_processes", "plan_rules", "plan_standin", "queues"}
@@ -23,8 +23,9 @@ LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "model": set(),
     "ports": BASE | {"engine"},
-    "state": BASE | {"ports"},
+    "state": BASE | {"ports", "typed"},
     "serial": set(),
+    "typed": set(),
     "release": set(),
     "engine": set(),
     "helpers": {"engine"},

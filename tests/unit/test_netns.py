@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
@@ -161,6 +162,39 @@ def test_a_namespace_of_another_kind_is_refused() -> None:
         pass
     assert caught.value.cause == "EINVAL, setns"
     assert where() == home
+
+
+def refuse_setns(_descriptor: int) -> None:
+    """As pyroute2 does, without the privilege."""
+    raise OSError(errno.EPERM, "failed to open netns", _descriptor)
+
+
+@root
+def test_a_namespace_that_may_not_be_entered_is_said_to_be_it(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    found = netns.find(name)
+    monkeypatch.setattr(netns, "setns", refuse_setns)
+    with pytest.raises(PreflightError, match=f"^cannot enter network namespace {name}$") as caught:
+        netns.cookie(found)
+    assert (caught.value.hint, caught.value.cause) == ("run as root", "EPERM, setns")
+
+
+@root
+def test_who_could_not_come_back_makes_no_namespace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root of a user namespace may make one, and not return from there."""
+    home, causes = where(), []
+
+    def look() -> None:
+        try:
+            with netns.scratch():
+                pass
+        except PreflightError as error:
+            causes.append((error.what, error.cause, where()))
+
+    monkeypatch.setattr(netns, "setns", refuse_setns)
+    thread = threading.Thread(target=look)  # which would be lost there
+    thread.start()
+    thread.join()
+    assert causes == [("cannot make a network namespace", "EPERM, setns", home)]
 
 
 @root

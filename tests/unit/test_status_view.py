@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,18 @@ def test_no_row_is_wider_than_the_terminal(width: int) -> None:
     shown = rows(text(width=width))
     assert len(shown) == sum(len(p.helpers) + bool(p.helpers) for p in HOST.profiles)
     assert max(map(len, shown)) <= max(width, len("    HELPER"))
+
+
+@pytest.mark.parametrize("one", [helper("sane", HelperState.RUNNING), HOST.profiles[2].helpers[0]])
+def test_the_last_column_and_its_heading_go_together(one: HelperStatus) -> None:
+    shown = set()
+    for width in range(40, 240):
+        alone = replace(HOST, profiles=(profile("alone", (one,)),))
+        heading, row = rows(view.text(alone, Paint(is_on=False), now_s=NOW_S, width=width))
+        _, last, cut = heading.partition("  LAST")
+        assert bool(last) is (len(row) > len(heading) - len(last + cut)), (heading, row)
+        shown.add(bool(last))
+    assert shown == {True, False} if not one.hung_s else {True}
 
 
 def test_a_state_begins_at_the_same_place_in_every_row() -> None:
