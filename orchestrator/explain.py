@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cache
 from pathlib import Path as FilePath
 
-from orchestrator.model import Attachment, HelperKey, L3Proto, L4Proto, Netns, Path, Queueing, Status
-from orchestrator.ports import Ends, HelperRule, LiveConnection, LiveExpectation, Route
+from orchestrator.earlier import takes
+from orchestrator.model import Attachment, HelperKey, L3Proto, L4Proto, Netns, Path, PortRange, Queueing, Status
+from orchestrator.ports import EarlierRule, Ends, HelperRule, LiveConnection, LiveExpectation, Route
 from orchestrator.state import Applied, Owner
 from orchestrator.status import HelperState, HelperStatus, ProfileStatus
 from orchestrator.typed import DEFAULT_STATE
@@ -32,6 +33,7 @@ class Reason(StrEnum):
     INTERFACE = "interface"
     ADDRESS = "address"
     RULES = "rules"
+    EARLIER = "earlier rule"
     REGISTRATION = "registration"
     DISABLED = "disabled"
     QUEUE = "queue"
@@ -79,6 +81,7 @@ class Sight:
     netns: Netns
     profiles: tuple[tuple[Applied, ProfileStatus], ...]
     foreign_rules: tuple[HelperRule, ...]
+    earlier_rules: tuple[EarlierRule, ...]
     connections: tuple[LiveConnection, ...]
     expectations: tuple[LiveExpectation, ...]
     state_dir: FilePath = DEFAULT_STATE
@@ -204,7 +207,30 @@ def _judge(match: Match, question: Question, sight: Sight, live: tuple[LiveConne
         or _broken_rules(match.owner, sight)
         or _broken_process(match.helper)
     )
-    return (*broken, apply) if broken else _judge_live(match, question, live)
+    if broken:
+        return (*broken, apply)
+    earlier = next((rule for rule in _earlier(match, question, sight) if not rule.is_partial), None)
+    has_it = question.ends.sport and live and live[0].helper == match.attachment.key.name
+    if earlier and not has_it:
+        why = f"a rule that is not orch's comes first, and takes it: {earlier}"
+        return Reason.EARLIER, why, f"move it behind the jump to the rules of {match.owner}"
+    return _judge_live(match, question, live)
+
+
+def _earlier(match: Match, question: Question, sight: Sight) -> Iterator[EarlierRule]:
+    """Rules of others that take the connection, or may, before it comes to the rule of an attachment."""
+    ends, attachment = question.ends, match.attachment
+    for way in question.ways:
+        asked = replace(
+            attachment,
+            ports=(PortRange(ends.dport, ends.dport),),
+            interface=way.interface,
+            saddr=(ends.saddr,),
+            daddr=(ends.daddr,),
+        )
+        if way.path is attachment.path:
+            rules = (rule for rule in sight.earlier_rules if rule.profile == match.owner.profile)
+            yield from (rule for rule in rules if takes(rule, asked))
 
 
 def _broken_rules(owner: Owner, sight: Sight) -> tuple[Reason, str] | None:
@@ -295,6 +321,8 @@ def _notes(
     for rule in sight.foreign_rules:
         if rule.l4proto is question.l4proto and question.l3proto in rule.families:
             yield f"a rule that is not orch's may attach {rule.helper}: {rule.place}"
+    earlier = tuple(_earlier(matches[0], question, sight)) if matches else ()
+    yield from (f"a rule that is not orch's comes first, and may take it: {one}" for one in earlier if one.is_partial)
     for expected in sight.expectations:
         if expected.l4proto is question.l4proto and _is_expected(question.ends, expected.ends):
             master = expected.master
@@ -308,7 +336,8 @@ def _notes(
         yield "there is no such connection now"
     elif not expectations and any(connection.helper for connection in live):
         yield f"nothing is expected now{_counted(matches[0].helper)}"
-    if question.ends.sport == 0 and any(not connection.helper for connection in live):
+    is_older = all(rule.is_partial for rule in earlier)
+    if is_older and question.ends.sport == 0 and any(not connection.helper for connection in live):
         yield "connections without a helper are older than the rules: connect again"
 
 

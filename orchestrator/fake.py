@@ -35,6 +35,7 @@ from orchestrator.model import (
     Status,
 )
 from orchestrator.ports import (
+    EarlierRule,
     HelperRule,
     LabelRule,
     Launch,
@@ -92,6 +93,7 @@ class FakeNetns:
     foreign_queues: tuple[str, ...] = ()
     foreign_rules: tuple[HelperRule, ...] = ()
     foreign_labels: tuple[LabelRule, ...] = ()
+    earlier_rules: tuple[EarlierRule, ...] = ()
     interfaces: dict[str, str] = field(default_factory=lambda: {"lo": "", "lan0": "", "wan0": ""})
     flowtables: tuple[str, ...] = ()
     sysctls: dict[str, str] = field(default_factory=dict)
@@ -580,6 +582,9 @@ class FakeHost:
             for k in sorted(references(rules))
         )
         return (*own, *space.foreign_rules)
+
+    def earlier_rules(self, netns: Netns) -> tuple[EarlierRule, ...]:
+        return self.kernel.enter(netns).earlier_rules
 
     def foreign_labels(self, netns: Netns) -> tuple[LabelRule, ...]:
         return self.kernel.enter(netns).foreign_labels

@@ -15,6 +15,8 @@ from orchestrator.model import (
     L4Proto,
     Listing,
     Netns,
+    Path,
+    PortRange,
     ProcessSpec,
     QueueRow,
     Registration,
@@ -57,6 +59,31 @@ class HelperRule:
     hooks: tuple[tuple[str, int], ...]
     is_ours: bool
     is_late: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EarlierRule:
+    """An iptables rule of somebody else after which the jump to the rules of a profile does nothing for what it takes.
+
+    `place` is its table and chain, `text` the rest as iptables-save lists it, `verdict` its target. Conditions that are
+    empty mean any; `interface` is that of the path. `is_partial`: it has others, or it cannot be told which.
+    """
+
+    profile: str
+    place: str
+    text: str
+    verdict: str
+    l3proto: L3Proto
+    path: Path
+    l4proto: L4Proto | None = None
+    ports: tuple[PortRange, ...] = ()
+    interface: str = ""
+    saddr: str = ""
+    daddr: str = ""
+    is_partial: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.place} {self.text}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +254,9 @@ class Host(Protocol):
 
     def helper_rules(self, netns: Netns) -> tuple[HelperRule, ...]:
         """Every rule of the namespace that attaches a helper, whoever wrote it; loads no kernel module."""
+
+    def earlier_rules(self, netns: Netns) -> tuple[EarlierRule, ...]:
+        """Rules of others that stand before ours in table raw of iptables; loads no kernel module."""
 
     def route(self, netns: Netns, address: str) -> Route:
         """What the kernel's routing says of an address in the namespace."""

@@ -26,7 +26,8 @@ OTHERS = {
     "host": (
         *("kernel_release", "available_modules", "program", "process_name", "iptables_variant", "machine"),
         *("expectations", "unrelated_filters", "foreign_queues", "foreign_labels", "interfaces", "module_ports"),
-        *("probe", "sysctl", "flowtables", "helper_rules", "route", "live_connections", "live_expectations"),
+        *("probe", "sysctl", "flowtables", "helper_rules", "earlier_rules", "route"),
+        *("live_connections", "live_expectations"),
     ),
     "processes": ("settle", "counters", "lifetimes", "last_words"),
     "clock": ("monotonic", "boottime", "sleep"),

@@ -129,6 +129,7 @@ def _sight(app: App, netns: Netns, question: Question) -> Sight:
         netns=netns,
         profiles=tuple(profiles),
         foreign_rules=tuple(rule for rule in host.helper_rules(netns) if not rule.is_ours),
+        earlier_rules=host.earlier_rules(netns),
         connections=host.live_connections(netns, question.l3proto, question.l4proto),
         expectations=host.live_expectations(netns, question.l3proto),
         state_dir=app.state_dir,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from orchestrator.model import HelperKey, L3Proto, L4Proto, Netns, QueueRow, Registration
-from orchestrator.ports import HelperRule, LabelRule, Machine, ProcessSeen
+from orchestrator.ports import EarlierRule, HelperRule, LabelRule, Machine, ProcessSeen
 from orchestrator.release import idles_iptables
 from orchestrator.state import Applied
 from orchestrator.status import HostStatus
@@ -51,6 +51,7 @@ class Place:
     unrelated_filters: tuple[str, ...] | Unseen
     foreign_queues: tuple[str, ...] | Unseen
     foreign_labels: tuple[LabelRule, ...] | Unseen
+    earlier_rules: tuple[EarlierRule, ...] | Unseen
     interfaces: Mapping[str, str] | Unseen
     flowtables: tuple[str, ...] | Unseen
 

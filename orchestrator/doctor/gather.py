@@ -102,6 +102,7 @@ def _place(host: Host, netns: Netns) -> Place:
         unrelated_filters=look_too(host.unrelated_filters),
         foreign_queues=look_too(host.foreign_queues),
         foreign_labels=look_too(host.foreign_labels),
+        earlier_rules=look_too(host.earlier_rules),
         interfaces=_look(lambda: host.interfaces(netns)),
         flowtables=look_too(host.flowtables),
     )

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from orchestrator.doctor.facts import Facts, Place, attaches, listed, nfct, seen
 from orchestrator.doctor.findings import Finding, PlaceProbe, note, problem, warning
+from orchestrator.earlier import takes
 from orchestrator.model import L3Proto, QueueRow, Status
 from orchestrator.ports import HelperRule
 
@@ -46,6 +47,22 @@ def takes_effect(rule: HelperRule) -> bool:
     if not rule.backend.is_nftables:
         return True
     return not rule.is_late and any(not _is_silent(*hook) for hook in rule.hooks)
+
+
+def earlier_rules(facts: Facts, place: Place) -> Iterable[Finding]:
+    """Rules of others that leave an attachment nothing. One that drops is meant to; a partial one spares some."""
+    found = {
+        (str(rule), applied.owner.profile)
+        for rule in seen(place.earlier_rules)
+        for applied in facts.applied_at(place.netns)
+        if rule.profile == applied.owner.profile and rule.verdict != "DROP" and not rule.is_partial
+        if any(takes(rule, attachment) for attachment in applied.target.attachments)
+    }
+    for text, name in sorted(found):
+        yield problem(
+            f"{text}: it comes before the rules of profile {name}, and leaves them nothing to attach",
+            f"move it behind the jump to orch-{name}",
+        )
 
 
 def dead_rules(facts: Facts, place: Place) -> Iterable[Finding]:
@@ -246,6 +263,7 @@ def flowtables(_: Facts, place: Place) -> Iterable[Finding]:
 
 PLACE_PROBES = (
     PlaceProbe("rules", "every rule that attaches a helper takes effect", silent_rules),
+    PlaceProbe("earlier rules", "no rule of others takes what ours attach", earlier_rules),
     PlaceProbe("dead rules", "every attached helper is registered", dead_rules),
     PlaceProbe("idle rules", "no rule can be made idle", idle_rules),
     PlaceProbe("families", "no rule leaves a family out unseen", one_family),

@@ -11,7 +11,7 @@ from orchestrator.kernel import conntrack, modules
 from orchestrator.kernel.netns import cookie, entered, find, inhabited_path, known
 from orchestrator.kernel.procfs import parse_queues, read_text
 from orchestrator.model import Backend, L3Proto, L4Proto, Netns, QueueRow
-from orchestrator.ports import HelperRule, LabelRule, LiveConnection, LiveExpectation, Machine, Route
+from orchestrator.ports import EarlierRule, HelperRule, LabelRule, LiveConnection, LiveExpectation, Machine, Route
 
 _QUEUE_FILE = Path("/proc/thread-self/net/netfilter/nfnetlink_queue")  # of this thread: it follows setns
 
@@ -114,6 +114,11 @@ class KernelHost:
         from orchestrator.kernel.helper_rules import helper_rules
 
         return helper_rules(netns)
+
+    def earlier_rules(self, netns: Netns) -> tuple[EarlierRule, ...]:
+        from orchestrator.kernel.earlier_rules import earlier_rules
+
+        return earlier_rules(netns)
 
     def route(self, netns: Netns, address: str) -> Route:
         from orchestrator.kernel.routes import route

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -48,6 +49,7 @@ _REFUSED = re.compile(r"restore: line \d+ failed")
 class IptablesRules:
     """ports.RuleBackend for one iptables variant. Two families are two commits; a failed second undoes the first.
 
+    To load again, and to undo that, leaves our jumps where they are among the rules of others.
     A look where the program is not installed finds nothing; a load raises PreflightError.
     """
 
@@ -107,7 +109,7 @@ class IptablesRules:
         try:
             for family in sorted({*texts, *before}):
                 lines = before.get(family, ())
-                text = _replacement(texts[family], lines) if family in texts else _removal(lines)
+                text = _replacement(texts.get(family, "").splitlines(), lines)
                 self._restore(family, rules.profile, text, operation="load rules")
                 begun.append(family)
         except (OrchError, OSError) as error:
@@ -119,8 +121,7 @@ class IptablesRules:
         try:
             now = self._own(profile)
             for family, lines in before.items():
-                present = now.get(family, ())
-                text = _replacement(_table(lines), present) if lines else _removal(present)
+                text = _replacement(lines, now.get(family, ()))
                 self._restore(family, profile, text, operation="put back rules")
         except (KernelError, OSError) as error:
             detail = f"{cause}; and what was there could not be put back: {error}"
@@ -128,7 +129,7 @@ class IptablesRules:
 
     def _remove(self, profile: str) -> None:
         for family, lines in self._own(profile).items():
-            self._restore(family, profile, _removal(lines), operation="remove rules")
+            self._restore(family, profile, _replacement((), lines), operation="remove rules")
 
     def _own(self, profile: str) -> dict[L3Proto, tuple[str, ...]]:
         """Our lines by family; families without any are left out."""
@@ -214,21 +215,55 @@ def _table(lines: Iterable[str]) -> str:
     return "".join(f"{line}\n" for line in ("*raw", *lines, "COMMIT"))
 
 
-def _replacement(text: str, current: tuple[str, ...]) -> str:
-    """A document that first deletes the jumps that exist; declaring a chain of ours empties it."""
-    lines = text.splitlines()
-    after_chains = 1 + max(i for i, line in enumerate(lines) if line.startswith((":", "*")))
-    return "".join(f"{line}\n" for line in (*lines[:after_chains], *_jump_deletions(current), *lines[after_chains:]))
+def _replacement(wanted: Iterable[str], current: Iterable[str]) -> str:
+    """A document that makes of our lines in one family others, in one commit; declaring a chain of ours empties it.
+
+    A jump that is there stays where it is among the rules of others, as long as both name it in the same words (those
+    of iptables-save). What is missing comes last.
+    """
+    chains, rules, jumps = _parts(wanted)
+    old_chains, _, old_jumps = _parts(current)
+    gone = [chain for chain in old_chains if chain not in chains]
+    changes = [_jump_changes(jumps.get(hook, []), old_jumps.get(hook, [])) for hook in sorted({*jumps, *old_jumps})]
+    return _table(
+        (
+            *(f":{chain} - [0:0]" for chain in (*chains, *gone)),
+            *(jump.replace("-A", "-D", 1) for surplus, _ in changes for jump in surplus),
+            *rules,
+            *(jump for _, missing in changes for jump in missing),
+            *(f"-X {chain}" for chain in gone),
+        )
+    )
 
 
-def _removal(current: tuple[str, ...]) -> str:
-    chains = [line.split()[0].removeprefix(":") for line in current if line.startswith(":")]
-    declared = (f":{chain} - [0:0]" for chain in chains)
-    return _table((*declared, *_jump_deletions(current), *(f"-X {chain}" for chain in chains)))
+def _parts(lines: Iterable[str]) -> tuple[list[str], list[str], dict[str, list[str]]]:
+    """Our chains, the rules in them, and the jumps to them by the chain that they are in."""
+    stripped = [line.strip() for line in lines]
+    chains = [line.split()[0].removeprefix(":") for line in stripped if line.startswith(":")]
+    rules: list[str] = []
+    jumps: dict[str, list[str]] = {}
+    for line in stripped:
+        if line.startswith("-A "):
+            chain = line.split()[1]
+            (rules if chain in chains else jumps.setdefault(chain, [])).append(line)
+    return chains, rules, jumps
 
 
-def _jump_deletions(current: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(line.replace("-A", "-D", 1) for line in current if re.match(r"-A (?!orch-)", line))
+def _jump_changes(wanted: list[str], current: list[str]) -> tuple[list[str], list[str]]:
+    """Jumps of one chain to delete, and then to append, so that as few as possible move.
+
+    By their text, of which the first that is equal goes: a number would be that of another rule if somebody inserts
+    one meanwhile.
+    """
+    kept = next(n for n in range(len(wanted), -1, -1) if _last_of(current, wanted[:n]) == wanted[:n])
+    return list((Counter(current) - Counter(wanted[:kept])).elements()), wanted[kept:]
+
+
+def _last_of(lines: list[str], kept: list[str]) -> list[str]:
+    """What is left, in order, if of equal lines only the last ones stay, as many as there are in `kept`."""
+    places = {text: [i for i, line in enumerate(lines) if line == text] for text in {*kept}}
+    counts = Counter(kept)
+    return [lines[i] for i in sorted(i for text, found in places.items() for i in found[-counts[text] :])]
 
 
 def _detail(stderr: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lab import topology
-from lab.topology import CLIENT, CONTENT, PASSIVE, ROUTER, ROUTER_FILTER, SERVER_IP, inside, run
+from lab.topology import CLIENT, CLIENT_IP, CONTENT, PASSIVE, ROUTER, ROUTER_FILTER, SERVER_IP, inside, run
 from orchestrator import profile as profiles
 from orchestrator import render
 from orchestrator.engine.privileges import NET_ADMIN, own_user
@@ -318,6 +318,47 @@ def test_a_lost_ledger_is_made_again(orch: Harness, backend: str) -> None:
     shutil.rmtree(orch.state_dir)
     orch.teardown_file(text, ROUTER)
     assert snapshot() == before
+
+
+@pytest.mark.parametrize("backend", turns(["iptables-nft", "iptables-legacy"], first=1) or ["iptables-nft"])
+def test_a_rule_of_others_behind_ours_stays_behind(orch: Harness, backend: str) -> None:
+    """Before ours, one that accepts leaves nothing to attach; that is told."""
+    helper = "ftp: {engine: kernel, attach: [{ports: %s}]}"
+    text = f"profile: p\nfamilies: [ip]\nbackend: {backend}\nhelpers:\n  {helper}\n"
+    jump = ("-j", "orch-p-pre")
+
+    def raw(*words: str) -> None:
+        inside(ROUTER, backend, "-t", "raw", *words)
+
+    def explained() -> tuple[int, str]:
+        done = cli_here("explain", CLIENT_IP, f"{SERVER_IP}:21", "--netns", ROUTER, state=orch.state_dir)
+        return done.returncode, done.stdout
+
+    topology.load_filter(ROUTER, ROUTER_FILTER)
+    orch.apply(text % "[21]", ROUTER)
+    raw("-A", "PREROUTING", "-p", "tcp", "-j", "ACCEPT")
+    assert topology.ftp(*PASSIVE).stdout == CONTENT
+    orch.apply(text % "[21, 2121]", ROUTER)
+    assert topology.ftp(*PASSIVE).stdout == CONTENT, "the jump was moved"
+    assert explained()[0] == 0
+
+    raw("-D", "PREROUTING", *jump)
+    raw("-A", "PREROUTING", *jump)
+    assert topology.ftp(*PASSIVE, within_s=3).stdout != CONTENT
+    assert orch.status().is_right, "the place of a jump is everybody's matter"
+    code, said = explained()
+    assert code == 2
+    assert f"comes first, and takes it: ip raw PREROUTING ({backend}) -p tcp -j ACCEPT" in said
+    told = cli_here("doctor", "--netns", ROUTER, state=orch.state_dir)
+    assert told.returncode == 2
+    assert f"earlier rules in netns {ROUTER}: ip raw PREROUTING ({backend}) -p tcp -j ACCEPT" in told.stdout
+
+    raw("-D", "PREROUTING", *jump)
+    raw("-I", "PREROUTING", *jump)
+    orch.apply(text % "[21]", ROUTER)
+    assert topology.ftp(*PASSIVE).stdout == CONTENT
+    assert explained()[0] == 0
+    orch.teardown(every_netns=True)
 
 
 def test_a_profile_file_that_is_gone_can_be_torn_down_by_name(orch: Harness) -> None:

@@ -22,8 +22,20 @@ from orchestrator.doctor.gather import gather
 from orchestrator.doctor.host_probes import HOST_PROBES, MODULES
 from orchestrator.doctor.place_probes import PLACE_PROBES, takes_effect
 from orchestrator.fake import FakeKernel
-from orchestrator.model import Backend, HelperKey, L3Proto, L4Proto, Netns, Policy, QueueRow, Registration, Status
-from orchestrator.ports import HelperRule, LabelRule, Machine
+from orchestrator.model import (
+    Backend,
+    HelperKey,
+    L3Proto,
+    L4Proto,
+    Netns,
+    Policy,
+    PortRange,
+    QueueRow,
+    Registration,
+    Status,
+)
+from orchestrator.model import Path as Side
+from orchestrator.ports import EarlierRule, HelperRule, LabelRule, Machine
 from orchestrator.state import Owner, Unsettled
 from orchestrator.status import HelperState, HostStatus
 from orchestrator.verify import trials
@@ -48,6 +60,9 @@ SYSCTLS = {
 TAKEN = (("ftp", L4Proto.TCP),)
 MODULE = {"nf_conntrack_ftp": TAKEN}
 UNSETTLED = Unsettled(1, "apply", Owner("ftp", Netns("blue", "/run/netns/blue", "0:7")), (), ())
+
+
+EARLIER = EarlierRule("rpc", "ip raw PREROUTING (iptables-nft)", "-j ACCEPT", "ACCEPT", L3Proto.IP, Side.INCOMING)
 
 
 def registration(
@@ -138,6 +153,7 @@ def ailing(orch: Harness, kernel: FakeKernel) -> Facts:
         rule("gone", families=tuple(L3Proto)),
         rule("first-us", "ip raw PREROUTING", hooks=(), backend=Backend.IPTABLES_LEGACY),
     )
+    space.earlier_rules = (EARLIER,)
     space.dropping_filters = ("inet filter forward",)
     space.foreign_queues = ("inet ips forward",)
     space.flowtables = ("inet fw fast",)
@@ -299,6 +315,25 @@ def test_label_bits_and_vrfs_matter_only_where_rules_queue(orch: Harness, kernel
     assert [(f.probe, f.verdict) for f in wrong] == [("labels", Verdict.PROBLEM), ("vrf", Verdict.WARNING)]
 
 
+def test_a_rule_before_ours_matters_if_it_takes_all_of_an_attachment_and_does_not_drop(
+    orch: Harness, kernel: FakeKernel
+) -> None:
+    orch.apply(CONNTRACKD)
+    space = kernel.namespaces[""]
+    for harmless in (
+        replace(EARLIER, verdict="DROP"),
+        replace(EARLIER, is_partial=True),
+        replace(EARLIER, profile="other"),
+        replace(EARLIER, saddr="10.0.0.5/32"),
+        replace(EARLIER, ports=(PortRange(112, 65535),)),
+    ):
+        space.earlier_rules = (harmless,)
+        assert [f for f in examined(gather(orch.app())) if f.probe == "earlier rules" and f.verdict != Verdict.OK] == []
+    space.earlier_rules = (replace(EARLIER, l4proto=L4Proto.UDP, ports=(PortRange(1, 111),)),)
+    (found,) = [f for f in examined(gather(orch.app())) if f.probe == "earlier rules"]
+    assert found.verdict is Verdict.PROBLEM
+
+
 @pytest.mark.parametrize("content", [b"", b"garbage" * 200, None])
 def test_a_ledger_that_cannot_be_read_is_told(orch: Harness, content: bytes | None) -> None:
     orch.apply(NATIVE)
@@ -354,7 +389,7 @@ def cli_on(kernel: FakeKernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_command(cli_on: None, kernel: FakeKernel, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["doctor"]) == 0
-    assert capsys.readouterr().out == "0 problems, 0 warnings, 0 skipped, 34 ok (-v shows them).\n"
+    assert capsys.readouterr().out == "0 problems, 0 warnings, 0 skipped, 35 ok (-v shows them).\n"
     kernel.probe_answers = {"nft_queue": "ENOENT"}
     assert cli.run(["doctor", "--probe", "--json"]) == 2
     result = json.loads(capsys.readouterr().out)

@@ -38,6 +38,7 @@ from orchestrator.model import (
 )
 from orchestrator.model import Path as Side
 from orchestrator.ports import (
+    EarlierRule,
     Ends,
     HelperRule,
     LiveConnection,
@@ -172,7 +173,7 @@ def sight_of(found: list[Attachment]) -> Sight:
     applied = Applied(owner, "law.yaml", 0.0, target, baseline, "", (HelperSummary("x", Engine.KERNEL, keys),))
     helper = HelperStatus("x", "kernel", "", (), (), 0, 0, 0.0, "", HelperState.IN_KERNEL)
     status = ProfileStatus(owner, "law.yaml", Backend.NFTABLES, 0.0, (helper,), ())
-    return Sight(HOST, ((applied, status),), (), (), ())
+    return Sight(HOST, ((applied, status),), (), (), (), ())
 
 
 # -- goldens -----------------------------------------------------------------------------------------------------------
@@ -247,6 +248,16 @@ class Host:
         )
         return self
 
+    def earlier(self, *, is_partial: bool) -> Host:
+        text = f"-p tcp {'-m limit ' if is_partial else ''}-j ACCEPT"
+        place = "ip raw PREROUTING (iptables-nft)"
+        rule = EarlierRule(
+            "office", place, text, "ACCEPT", L3Proto.IP, Side.INCOMING, L4Proto.TCP, is_partial=is_partial
+        )
+        others = (replace(rule, profile="other"), replace(rule, path=Side.OUTGOING), replace(rule, l4proto=L4Proto.UDP))
+        self.space.earlier_rules = (*(replace(one, text="-j DROP") for one in others), rule)
+        return self
+
 
 TO = f"{CLIENT} {SERVER}:21"
 THIS = f"{CLIENT}:40000 {SERVER}:21"
@@ -267,6 +278,11 @@ CASES: dict[str, tuple[Callable[[Host], object], str, Reason]] = {
     "interface": (lambda h: h.apply(PROFILE), f"{TO} --iif wan0", Reason.INTERFACE),
     "address": (lambda h: h.apply(PROFILE), f"172.16.0.1 {SERVER}:21", Reason.ADDRESS),
     "rules": (lambda h: h.apply(PROFILE).tampers(), TO, Reason.RULES),
+    "earlier-rule": (lambda h: h.apply(PROFILE).earlier(is_partial=False), TO, Reason.EARLIER),
+    "earlier-than-this": (lambda h: h.apply(PROFILE).live("").earlier(is_partial=False), THIS, Reason.EARLIER),
+    "earlier-without-port": (lambda h: h.apply(PROFILE).live("").earlier(is_partial=False), TO, Reason.EARLIER),
+    "earlier-but-later": (lambda h: h.apply(PROFILE).live("ftp-us").earlier(is_partial=False), THIS, Reason.HELPED),
+    "earlier-perhaps": (lambda h: h.apply(PROFILE).earlier(is_partial=True), TO, Reason.HELPED),
     "registration": (lambda h: h.apply(PROFILE).unregisters(), TO, Reason.REGISTRATION),
     "disabled": (lambda h: h.apply(ASKING).disables(), TO, Reason.DISABLED),
     "queue": (lambda h: h.apply(PROFILE).unbinds(), TO, Reason.QUEUE),

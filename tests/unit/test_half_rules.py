@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import patch
@@ -14,7 +15,7 @@ import pytest
 from orchestrator.app import kernel_system
 from orchestrator.errors import HalfDoneError, KernelError
 from orchestrator.kernel import iptables, modules
-from orchestrator.kernel.netns import find
+from orchestrator.kernel.netns import entered, find
 from orchestrator.model import Backend
 from tests.hosts import Harness
 from tests.namespaces import named_netns
@@ -52,6 +53,18 @@ class Place:
     def listing(self) -> str:
         found = self.orch.system.rules[self.backend].listing(find(self.netns), "half")
         return found.text if found else ""
+
+    def foreign(self, program: str) -> None:
+        """A rule of somebody else, behind ours, that ends the way through table raw."""
+        command = [program, "-t", "raw", "-A", "PREROUTING", "-p", "tcp", "-j", "ACCEPT"]
+        with entered(find(self.netns)):
+            subprocess.run(command, check=True, capture_output=True, env={"PATH": SBIN})
+
+    def saved(self, program: str) -> list[str]:
+        """The rules of table raw, ours and those of others."""
+        with entered(find(self.netns)):
+            text = iptables.saved_table(program, "raw") or ""
+        return [line for line in text.splitlines() if line.startswith("-")]
 
     def with_second(self, text: str, act: Callable[[], None]) -> None:
         """Do something, while a script stands for the program that commits the rules of the second family."""
@@ -136,3 +149,20 @@ def test_what_could_not_be_put_back_at_once_is_undone_like_a_step_that_was_taken
     assert "could not be put back" in caught.value.cause
     assert place.listing() == one
     assert not place.orch.status().unsettled
+
+
+def test_the_way_back_moves_no_jump(place: Place) -> None:
+    """Behind a rule of others that accepts nothing would be attached any more, and nobody would tell."""
+    place.apply(ONE)
+    programs = [program for program in NEEDED if program == place.backend]
+    programs += [program.replace("ip", "ip6", 1) for program in programs]
+    for program in programs:
+        place.foreign(program)
+    before = [place.saved(program) for program in programs]
+    with pytest.raises(KernelError, match="cannot load rules"):
+        place.with_second(FAIL, lambda: place.apply(TWO))
+    assert [place.saved(program) for program in programs] == before
+    place.killed(lambda: place.apply(TWO))
+    assert [place.saved(program) for program in programs] != before
+    place.settle()
+    assert [place.saved(program) for program in programs] == before

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "orchestrator"
 
 # What each layer may import from the project, besides itself; the lists are short on purpose.
 BASE = {"orchestrator", "errors", "model"}
-PURE = BASE | {"ports", "state", "catalogue", "overlap", "launches", "release", "serial", "typed"}
+PURE = BASE | {"ports", "state", "catalogue", "overlap", "launches", "release", "serial", "typed", "earlier"}
 PROFILE = BASE | {"catalogue", "document", "overlap", "yamltext"}
 PROFILE |= {"profile_schema", "resolve", "choose", "attach", "queues"}
 PLAN = PURE | {"plan_registrations", "plan_processes", "plan_rules", "plan_standin", "queues"}
@@ -32,6 +32,7 @@ LAYERS: dict[str, set[str]] = {
     "catalogue": BASE | {"engine"},
     "launches": BASE | {"ports", "engine"},
     "overlap": BASE,
+    "earlier": BASE | {"ports"},
     **dict.fromkeys(("attach", "choose", "profile", "profile_schema", "queues", "resolve", "yamltext"), PROFILE),
     "document": BASE | {"engine"},
     **dict.fromkeys(("render", "ruleset"), BASE | {"document", "ruleset", "yamltext"}),

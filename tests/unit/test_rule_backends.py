@@ -17,6 +17,8 @@ from dataclasses import replace
 from pathlib import Path as FilePath
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from orchestrator import profile, render
 from orchestrator.errors import KernelError, PreflightError
@@ -241,6 +243,124 @@ def test_jumps_that_others_changed_are_seen_and_put_right(variant: Backend, spac
     assert adapter.listing(space, "unit") != expected
     adapter.load(space, wanted)
     assert adapter.listing(space, "unit") == expected
+
+
+PROGRAMS = {"iptables": L3Proto.IP, "ip6tables": L3Proto.IP6}
+FOREIGN = ("-p", "tcp", "-j", "ACCEPT")
+FIRST, LAST = ("ours", "theirs"), ("theirs", "ours")
+
+
+def foreign_rules(variant: Backend, verb: str = "-A") -> None:
+    for program in PROGRAMS:
+        for hook in ("PREROUTING", "OUTPUT"):
+            run(variant.replace("iptables", program), "-t", "raw", verb, hook, *FOREIGN)
+
+
+def order(variant: Backend) -> set[tuple[str, ...]]:
+    """The orders in which our jumps and the rules of others stand, over all hooks and families."""
+    return {
+        tuple("ours" if "-j orch-unit" in line else "theirs" for line in saved.splitlines() if f"-A {hook}" in line)
+        for program in PROGRAMS
+        for hook in ("PREROUTING", "OUTPUT")
+        if (saved := iptables.saved_table(variant.replace("iptables", program), "raw"))
+    }
+
+
+IN_TWO_VARIANTS = pytest.mark.parametrize("variant", [Backend.IPTABLES_LEGACY, Backend.IPTABLES_NFT], ids=str)
+
+
+@IN_TWO_VARIANTS
+def test_a_jump_keeps_its_place_among_rules_of_others(variant: Backend, space: Netns) -> None:
+    """Behind one that ends the way through the table nothing is attached."""
+    adapter, wanted = IptablesRules(variant), rules(variant)
+    adapter.load(space, wanted)
+    foreign_rules(variant)
+    assert order(variant) == {FIRST}
+    narrower = rules(variant, PROFILE.replace(", 2121-2125", ""))
+    for loaded in (wanted, narrower, wanted):
+        adapter.load(space, loaded)
+        assert order(variant) == {FIRST}
+        assert adapter.listing(space, "unit") == adapter.expected(loaded)
+    adapter.flush(space, "unit")
+    adapter.load(space, wanted)
+    assert order(variant) == {FIRST}
+
+
+@IN_TWO_VARIANTS
+def test_a_jump_that_others_moved_keeps_that_place(variant: Backend, space: Netns) -> None:
+    adapter, wanted = IptablesRules(variant), rules(variant)
+    adapter.load(space, wanted)
+    foreign_rules(variant, "-I")
+    adapter.load(space, wanted)
+    assert order(variant) == {LAST}
+
+
+@IN_TWO_VARIANTS
+def test_only_a_jump_that_is_missing_is_appended(variant: Backend, space: Netns) -> None:
+    adapter, wanted = IptablesRules(variant), rules(variant)
+    adapter.load(space, wanted)
+    foreign_rules(variant)
+    run(variant, "-t", "raw", "-D", "OUTPUT", "-j", "orch-unit-out")
+    adapter.load(space, wanted)
+    assert order(variant) == {FIRST, LAST}
+    assert adapter.listing(space, "unit") == adapter.expected(wanted)
+
+
+@IN_TWO_VARIANTS
+def test_a_jump_too_many_goes(variant: Backend, space: Netns) -> None:
+    adapter, wanted = IptablesRules(variant), rules(variant)
+    adapter.load(space, wanted)
+    run(variant, "-t", "raw", "-I", "PREROUTING", "-j", "orch-unit-pre")
+    run(variant, "-t", "raw", "-A", "PREROUTING", "-g", "orch-unit-pre")
+    run(variant, "-t", "raw", "-N", "theirs")
+    run(variant, "-t", "raw", "-A", "theirs", "-j", "orch-unit-out")
+    foreign_rules(variant)
+    adapter.load(space, wanted)
+    assert adapter.listing(space, "unit") == adapter.expected(wanted)
+    assert order(variant) == {FIRST}
+
+
+@IN_TWO_VARIANTS
+def test_a_refused_load_moves_no_jump(variant: Backend, space: Netns) -> None:
+    """The family that was loaded already is put back."""
+    adapter = IptablesRules(variant)
+    adapter.load(space, rules(variant))
+    foreign_rules(variant)
+    before = adapter.listing(space, "unit")
+    with pytest.raises(KernelError, match="not registered"):
+        adapter.load(space, unknown_helper(variant))
+    assert order(variant) == {FIRST}
+    assert adapter.listing(space, "unit") == before
+
+
+@IN_TWO_VARIANTS
+def test_a_chain_that_was_not_there_before_goes_again(variant: Backend, space: Netns) -> None:
+    adapter, wanted = IptablesRules(variant), rules(variant)
+    adapter.load(space, wanted)
+    run(variant, "-t", "raw", "-D", "OUTPUT", "-j", "orch-unit-out")
+    run(variant, "-t", "raw", "-F", "orch-unit-out")
+    run(variant, "-t", "raw", "-X", "orch-unit-out")
+    before = adapter.listing(space, "unit")
+    with pytest.raises(KernelError, match="not registered"):
+        adapter.load(space, unknown_helper(variant))
+    assert adapter.listing(space, "unit") == before
+
+
+JUMPS = st.lists(st.sampled_from(["-A OUTPUT -j orch-x-out", "-A OUTPUT -o lan0 -j orch-x-out"]), max_size=4)
+
+
+@given(JUMPS, JUMPS)
+def test_jumps_become_those_that_are_wanted(current: list[str], wanted: list[str]) -> None:
+    chain = [":orch-x-out -"]
+    steps = iptables._replacement([*chain, *wanted], [*chain, *current]).splitlines()
+    there = list(current)
+    for step in steps[2:-1]:
+        if step.startswith("-D"):
+            there.remove(step.replace("-D", "-A", 1))
+        else:
+            there.append(step)
+    assert there == wanted
+    assert steps[2:-1] == [] or current != wanted
 
 
 def test_helpers_that_others_attach_are_seen(adapter: RuleBackend, backend: Backend, space: Netns) -> None:
