@@ -18,9 +18,11 @@ from tests.hosts import Harness
 from tests.kernel.conftest import turns
 from tests.killed import Death, Moment
 from tests.reports import REPORTS
+from tests.waiting import until
 
 FIRST = "profile: killed\nhelpers:\n  ftp: {queueing: registration}\n"
 CHANGED = "profile: killed\nhelpers:\n  ftp: {queueing: registration, queue: 77, guard: {source: any}}\n"
+MORTAL = "registration, process: {restart: never}"
 Act = Callable[[Harness], object]
 FIGURES = REPORTS.setdefault("fault matrix: SIGKILL on this kernel", [])
 
@@ -49,6 +51,25 @@ def test_what_a_killed_orch_leaves_is_undone_or_finished(orch: Harness) -> None:
         assert settled(orch) == empty, (calls["teardown"][place - 1], moment)
     assert not orch.status().unsettled
     FIGURES.append(f"{sum(len(list(points(one))) for one in calls.values())} points tried")
+
+
+def test_a_helper_that_dies_before_a_killed_update_is_settled_blocks_nothing(orch: Harness) -> None:
+    """Its supervisor has disabled the registrations, and undoing the update leaves them so."""
+
+    def update(harness: Harness) -> object:
+        return harness.apply(FIRST.replace("registration", f"{MORTAL}, policies: {{ftp: {{expect_max: 7}}}}"), ROUTER)
+
+    orch.apply(FIRST.replace("registration", MORTAL), ROUTER)
+    before = orch.system.registry.dump()
+    killed(orch, update, 1, Moment.AFTER)
+    assert orch.system.registry.dump() != before
+    (process,) = orch.system.processes.running()
+    os.kill(process.pid, signal.SIGKILL)
+    until(lambda: all(r.status is Status.DISABLED for r in orch.system.registry.dump()), "disabled")
+    orch.teardown("nobody", ROUTER)
+    assert orch.system.registry.dump() == tuple(replace(r, status=Status.DISABLED) for r in before)
+    orch.apply(FIRST.replace("registration", MORTAL), ROUTER)
+    assert orch.system.registry.dump() == before
 
 
 def points(calls: list[str]) -> Iterator[tuple[int, Moment]]:
