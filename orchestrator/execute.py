@@ -146,13 +146,16 @@ class Execution:
         self.ledger.intend(self.tx, sequence)
         if isinstance(step, UpdateRegistration) and step.after.key in self._resting:
             step = UpdateRegistration(_disabled(step.before), step.after)
-        _take_heard(step, self.system, self.plan.netns, self.report, self._is_deaf)
+        # What is put back is what others have: one's own process may not listen yet.
+        is_own = isinstance(step, UpdateRegistration)
+        is_deaf = functools.partial(self._is_deaf, listened=self.listened if is_own else frozenset())
+        _take_heard(step, self.system, self.plan.netns, self.report, is_deaf)
         self._done.append((sequence, step))
 
-    def _is_deaf(self, registration: Registration) -> bool:
+    def _is_deaf(self, registration: Registration, listened: frozenset[HelperKey]) -> bool:
         if self._users is None:
             self._users = Observer(self.system, self.ledger).others(self._owner)
-        here = (self._owner,) if registration.key in self.listened else ()
+        here = (self._owner,) if registration.key in listened else ()
         owners = (*self._users.get(registration.key, ()), *here)
         return bool(Observer(self.system, self.ledger).deaf(registration, owners))
 

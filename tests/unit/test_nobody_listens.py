@@ -110,3 +110,15 @@ def test_a_teardown_is_undone_after_a_step_whose_answer_was_lost(orch: Harness, 
         orch.teardown("p", "blue")
     orch.system, orch.signal_number = system, 0
     assert kernel.dump_text() == before
+
+
+def test_one_that_comes_disables_nothing_that_another_listens_to(orch: Harness, kernel: FakeKernel) -> None:
+    orch.apply(asking(), "blue")
+    before = dict(kernel.registrations)
+
+    def on_modify(_operation: str, _key: str) -> None:
+        assert kernel.registrations == before
+
+    kernel.on_modify = on_modify
+    orch.apply(asking(), "red")
+    assert kernel.registrations == before
